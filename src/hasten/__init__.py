@@ -1,0 +1,1 @@
+"""hasten: train language models faster, and measure what each technique is worth."""

@@ -1,0 +1,66 @@
+"""What a user is told when something is wrong.
+
+HastenError                 something a person can put right; the command line prints its one sentence
+├── RecipeError             a setting: unknown, of the wrong type, out of range, contradictory
+├── DataError               a corpus, a tokenizer or prepared data that cannot be used
+├── CheckpointError         no saved state that can be trusted
+└── RunError                a run folder, a device or a disk that cannot be used
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HastenError(Exception):
+    """Says in one sentence what was given, what was expected and what to do."""
+
+    exit_code = 2
+
+
+class RecipeError(HastenError):
+    """A setting is unknown, of the wrong type, out of range or at odds with another."""
+
+
+class DataError(HastenError):
+    """A corpus, a tokenizer or prepared data cannot be used."""
+
+
+class CheckpointError(HastenError):
+    """No saved state can be trusted."""
+
+
+class RunError(HastenError):
+    """A run folder, a device or a disk cannot be used."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``", did you mean 'x'?"`` for the closest of `known`, or ``""`` when none is close.
+
+    Example:
+        >>> nearest("wieght_decay", ["lr", "weight_decay"])
+        ", did you mean 'weight_decay'?"
+    """
+    close = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.6)
+    return f", did you mean {' or '.join(repr(word) for word in close)}?" if close else ""
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with control characters escaped, so that no file or setting can drive a terminal.
+
+    Newlines and tabs stay. Everything else that moves a cursor, changes a colour or reverses the direction
+    of writing becomes its escape.
+
+    Example:
+        >>> printable("red \x1b[31m")
+        'red \\x1b[31m'
+    """
+    return "".join(c if c in "\n\t" or _is_plain(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_plain(character: str) -> bool:
+    code = ord(character)
+    is_control = code < 0x20 or 0x7F <= code <= 0x9F or 0xD800 <= code <= 0xDFFF
+    turns_direction = 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x200E, 0x200F)
+    return not (is_control or turns_direction)
