@@ -1,1 +1,62 @@
-"""hasten: train language models faster, and measure what each technique is worth."""
+"""hasten: train language models to a given loss in a fraction of the time, and measure what each technique is worth."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hasten.errors import CheckpointError, DataError, HastenError, RecipeError, RunError
+    from hasten.evaluation import evaluate
+    from hasten.export import export
+    from hasten.generation import generate
+    from hasten.loop import advance, start, train
+    from hasten.optim import optimizer
+    from hasten.recipe import resolve
+
+__version__ = "0.1.0"
+
+# Public name -> module it comes from. Nothing is imported before it is asked for.
+_HOMES = {
+    "CheckpointError": "hasten.errors",
+    "DataError": "hasten.errors",
+    "HastenError": "hasten.errors",
+    "RecipeError": "hasten.errors",
+    "RunError": "hasten.errors",
+    "advance": "hasten.loop",
+    "evaluate": "hasten.evaluation",
+    "export": "hasten.export",
+    "generate": "hasten.generation",
+    "optimizer": "hasten.optim",
+    "resolve": "hasten.recipe",
+    "start": "hasten.loop",
+    "train": "hasten.loop",
+}
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "HastenError",
+    "RecipeError",
+    "RunError",
+    "advance",
+    "evaluate",
+    "export",
+    "generate",
+    "optimizer",
+    "resolve",
+    "start",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hasten' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

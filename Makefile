@@ -1,0 +1,49 @@
+# Two commands: `make train` (the main job on a built-in corpus) and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: train test test-all lint bench clean help
+
+help:
+	@echo "make train     set up $(VENV) and train on the built-in corpus (about three minutes; ARGS='key=value ...')"
+	@echo "make test      set up $(VENV) and run the tests (minutes)"
+	@echo "make test-all  the tests and the heavy ones"
+	@echo "make bench     every benchmark whose figures the docs quote"
+	@echo "make lint      ruff: rules and format"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hasten needs Python 3.10 or newer; this is $$($(PYTHON) --version). Name another: make PYTHON=python3.12 train"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "This Python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)."; exit 2; }
+
+$(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing hasten into $(VENV) (PyTorch is the large part) ..."
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing hasten and what its tests need into $(VENV) ..."
+	@$(PIP) -e '.[dev]'
+	@touch $(VENV)/.ready $@
+
+train: $(VENV)/.ready
+	@$(BIN)/hasten train $(ARGS)
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m 'not heavy' $(ARGS)
+
+test-all: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python benchmarks/bench_loop.py
+	$(BIN)/python benchmarks/bench_loader.py
+	$(BIN)/python benchmarks/bench_prepare.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
