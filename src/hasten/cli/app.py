@@ -1,0 +1,49 @@
+"""The list of verbs."""
+
+from __future__ import annotations
+
+import typer
+
+from hasten.cli import evaluate, export, generate, prepare, report, runs, train
+
+EPILOG = "Exit codes: 0 done, 2 wrong input, 3 diverged, 130/143 stopped by a signal with everything saved."
+
+app = typer.Typer(
+    name="hasten",
+    help="Train language models faster, and measure what each technique is worth.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog=EPILOG,
+)
+
+VERBS = {
+    "train": train.train,
+    "evaluate": evaluate.evaluate,
+    "generate": generate.generate,
+    "export": export.export,
+    "report": report.report,
+    "prepare": prepare.prepare,
+    "runs": runs.runs,
+}
+
+for name, verb in VERBS.items():
+    app.command(name, no_args_is_help=name in ("evaluate", "export", "report", "prepare"))(verb)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from hasten import __version__
+
+        typer.echo(f"hasten {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def hasten(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Train language models faster, and measure what each technique is worth."""

@@ -1,0 +1,71 @@
+"""``hasten train``: from text to a trained model and a report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import typer
+
+
+def train(
+    arguments: list[str] = typer.Argument(
+        None,
+        metavar="[RECIPE.toml] [KEY=VALUE ...]",
+        help="A recipe (a TOML file or the name of a built-in one) and settings that override it.",
+        show_default=False,
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Resolve, prepare and check; print; train nothing."
+    ),
+    no_report: bool = typer.Option(False, "--no-report", help="Do not write report.html at the end."),
+) -> int:
+    """Train a model on text. The same command resumes a run that was stopped.
+
+    \b
+    hasten train                                       the built-in corpus, three minutes
+    hasten train data=my.txt budget=15min              your own text
+    hasten train data=books/ val=test.txt model=micro lr=2e-3 out=runs/books
+    hasten train recipe.toml seed=1                    a recipe, with one thing changed
+    """
+    from hasten.cli import DIVERGED, DONE, INTERRUPTED, TERMINATED
+    from hasten.cli.display import Display
+    from hasten.loop import train as run
+    from hasten.recipe import resolve
+
+    source, settings = split_arguments(arguments or [])
+    resolved = resolve(source, settings)
+    command = shlex.join(["hasten", *sys.argv[1:]])
+    with Display() as display:
+        for note in resolved.notes:
+            display.note(note)
+        result = run(resolved.recipe, hooks=[display], dry_run=dry_run, command=command)
+    if result.status == "dry":
+        display.dry(resolved.recipe)
+        return DONE
+    if result.status == "stopped":
+        display.stopped(result)
+        return TERMINATED if result.reason == "SIGTERM" else INTERRUPTED
+    page = None
+    if not no_report:
+        from hasten.report import write_report
+
+        page = write_report([result.folder])
+    display.finished(result, page)
+    return DIVERGED if result.status == "diverged" else DONE
+
+
+def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Split a command line into the recipe it names, if any, and its ``key=value`` settings.
+
+    Raises:
+        RecipeError: two words that are no setting.
+    """
+    from hasten.errors import RecipeError, printable
+
+    sources = [word for word in arguments if "=" not in word]
+    if len(sources) > 1:
+        raise RecipeError(
+            f"{printable(sources[1])!r} is no setting; settings are written KEY=VALUE, and only one recipe is taken."
+        )
+    return (sources[0] if sources else None), [word for word in arguments if "=" in word]

@@ -1,0 +1,20 @@
+"""The only training loop: start a run, advance it, or train it from a recipe to a finished run folder."""
+
+from hasten.loop.finish import Result
+from hasten.loop.session import prepare_for, train
+from hasten.loop.state import State, capture, restore, start
+from hasten.loop.steps import Event, Hook, advance, train_step
+
+__all__ = [
+    "Event",
+    "Hook",
+    "Result",
+    "State",
+    "advance",
+    "capture",
+    "prepare_for",
+    "restore",
+    "start",
+    "train",
+    "train_step",
+]

@@ -1,0 +1,62 @@
+"""Whether to compile the model: only where a compiler exists and the work that remains pays for it."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hasten.loop.state import State
+from hasten.loop.steps import Teller
+
+# What compiling the decoder costs and gains, by kind of device: seconds for a layer's graph, share of step time saved.
+COMPILE_SECONDS = {"cpu": 60.0, "cuda": 60.0}
+TIME_SAVED = {"cpu": 0.1, "cuda": 0.25}
+
+
+def compiler_found(device: torch.device) -> bool:
+    """Say whether `torch.compile` has what it needs here: a C++ compiler and Python's headers, or Triton on a GPU."""
+    if device.type == "cuda":
+        return torch.utils._triton.has_triton()
+    has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    return has_compiler and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+
+
+def choose_compile(
+    state: State,
+    tell: Teller,
+    seconds_per_step: float | None,
+    seconds_left: float | None,
+    probe: Callable[[State], float],
+) -> float | None:
+    """Compile the forward pass, or not, and say why; return the seconds a step takes afterwards, where known.
+
+    A resumed run repeats the first attempt's choice, because compiled and eager arithmetic differ in the last bits.
+    """
+    wish = state.recipe.compile
+    kind = state.device.type
+    if "compile" in state.notes:
+        is_on, reason = state.notes["compile"], "as in the first attempt"
+    elif wish != "auto":
+        is_on, reason = wish == "on", f"compile={wish}"
+    elif not compiler_found(state.device):
+        is_on, reason = False, "no compiler on this machine"
+    else:
+        if seconds_left is None:
+            seconds_per_step = probe(state)
+            seconds_left = seconds_per_step * (state.total_steps - state.step)
+        saved, cost = seconds_left * TIME_SAVED[kind], COMPILE_SECONDS[kind]
+        is_on = saved > 2 * cost
+        reason = f"saves about {saved:.0f} s of {seconds_left:.0f} s and costs about {cost:.0f} s"
+    state.notes["compile"] = is_on
+    if is_on:
+        state.forward = torch.compile(state.model, dynamic=False)
+        began = time.perf_counter()
+        seconds_per_step = probe(state)
+        state.spend("compile", time.perf_counter() - began)
+    tell("compile", on=is_on, reason=reason)
+    return seconds_per_step

@@ -1,0 +1,118 @@
+"""What a run leaves when it ends: last checkpoint, whole evaluation, exported model, sample, result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hasten.evaluation import baselines
+from hasten.exports import export
+from hasten.generation import generate
+from hasten.loop.between import save, validate
+from hasten.loop.state import State
+from hasten.loop.steps import Teller
+from hasten.model import count_parameters
+from hasten.record import RunFolder, write_result
+
+SAMPLE_TOKENS = 160
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    `status` is ``finished``, ``diverged`` or ``stopped`` (`reason` then names the signal; the same command goes on).
+    `values` is what ``result.json`` holds. `already_finished`: this call found nothing left to do.
+    """
+
+    status: str
+    reason: str
+    folder: Path
+    values: Mapping[str, Any]
+    already_finished: bool = False
+
+
+def finish(state: State, folder: RunFolder, tell: Teller) -> Result:
+    """Save, evaluate on the whole held-out text, export and describe a run that has ended; return its result.
+
+    A diverged run is described, but neither saved nor exported: its last good checkpoint stays the newest.
+    """
+    seconds = state.clock.seconds
+    if state.status == "running":
+        state.status = "finished"
+    if state.status == "finished":
+        save(state, folder, tell)
+    if state.status == "diverged":
+        tell("warning", message=f"The run diverged: {state.reason}.")
+        return _write(state, folder, tell, {}, seconds)
+
+    evaluation = validate(state, max_tokens=None)
+    tell(
+        "evaluation",
+        val_loss=evaluation.loss,
+        val_bpb=evaluation.bits_per_byte,
+        tokens=evaluation.tokens,
+        whole=True,
+    )
+    tokenizer = state.data.tokenizer
+    export(
+        state.precision.named_masters(),
+        state.config,
+        tokenizer,
+        folder.final,
+        document_token=state.data.document_token,
+    )
+    text = "".join(generate(state.model, tokenizer, max_tokens=SAMPLE_TOKENS, seed=state.seed))
+    tell("sample", prompt="", text=text)
+    values = {
+        "val_loss": evaluation.loss,
+        "val_bpb": evaluation.bits_per_byte,
+        "val_tokens": evaluation.tokens,
+        "val_bytes": evaluation.bytes,
+        **baselines(state.data.val, tokenizer),
+    }
+    return _write(state, folder, tell, values, seconds)
+
+
+def stopped(state: State, folder: RunFolder, tell: Teller, signal_name: str) -> Result:
+    """Save a run that a signal stopped, so that the same command goes on from here; return its result so far."""
+    seconds = state.clock.seconds
+    save(state, folder, tell)
+    if state.status == "diverged":
+        return finish(state, folder, tell)
+    tell("stop", reason=signal_name)
+    state.status, state.reason = "stopped", signal_name
+    return _write(state, folder, tell, {}, seconds)
+
+
+def _write(
+    state: State, folder: RunFolder, tell: Teller, values: Mapping[str, Any], seconds: float
+) -> Result:
+    trained = state.phases.get("train", 0.0) + state.phases.get("data", 0.0)
+    tell("phases", **state.phases)
+    untrained = state.notes.get("untrained", {})
+    result = {
+        "status": state.status,
+        "reason": state.reason,
+        "val_loss": None,
+        "val_bpb": None,
+        **values,
+        "untrained_val_loss": untrained.get("loss"),
+        "untrained_val_bpb": untrained.get("bits_per_byte"),
+        "tokens": state.tokens,
+        "steps": state.step,
+        "total_steps": state.total_steps,
+        "seconds": seconds,
+        "phases": dict(state.phases),
+        "tokens_per_second": state.tokens / trained if trained else None,
+        "params": count_parameters(state.config),
+        "seed": state.seed,
+        "corpus": state.data.manifest["corpus"],
+        "corpus_sha256": state.data.corpus_sha256,
+        "tokenizer_sha256": state.data.tokenizer_sha256,
+    }
+    write_result(folder, result)
+    tell("finish", **result)
+    return Result(state.status, state.reason, folder.path, result)

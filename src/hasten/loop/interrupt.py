@@ -1,0 +1,46 @@
+"""Signals that ask a run to stop: the step in hand is finished and the state saved; a second signal leaves at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class StopRequest:
+    """The name of the signal that asked for a stop, or an empty string."""
+
+    name: str = ""
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Yield a `StopRequest` that SIGINT and SIGTERM fill in; the handlers before are put back at the end.
+
+    The second signal meets the handlers of before, which end the process at once; a save is atomic, so that is safe.
+    Outside the main thread, where Python takes no handlers, nothing is installed.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        request.name = signal.Signals(number).name
+        put_back()
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        put_back()

@@ -1,0 +1,250 @@
+"""From a recipe to a finished run folder: what happens before, between and after the optimizer steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten import checkpoint
+from hasten.checks import check
+from hasten.data.preparation import prepare
+from hasten.data.shards import PreparedData
+from hasten.errors import RecipeError, printable
+from hasten.loop.between import between_steps, validate
+from hasten.loop.finish import Result, finish, stopped
+from hasten.loop.interrupt import stop_on_signals
+from hasten.loop.state import State, restore, start
+from hasten.loop.steps import Event, Hook, Teller, advance
+from hasten.loop.timetable import Timetable
+from hasten.model import Decoder, count_parameters, read_model
+from hasten.recipe import Recipe, resolve
+from hasten.record import Record, RunFolder, cut_back, environment, read_events, read_result
+
+
+def train(
+    source: Recipe | str | Path | None = None,
+    *,
+    hooks: Iterable[Hook] = (),
+    dry_run: bool = False,
+    command: str | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a language model as a recipe says and return how the run ended.
+
+    The run folder (``out``) then holds the model in Hugging Face format (``final/``), the metrics, the events, the
+    checkpoints and ``result.json``. Called again with the same recipe it resumes from the newest good checkpoint, or
+    says that the run is finished.
+
+    Args:
+        source: a `Recipe`, the path of a TOML file, the name of a built-in recipe, or None for the defaults.
+        hooks: callables that look at every `Event`; they may not change anything.
+        dry_run: prepare the data and check the recipe against it, then stop before the first step.
+        command: the command line to write into the record.
+        **settings: any recipe key; ``data="my.txt"``, ``budget="60s"``, ``optimizer={"lr": 1e-3}``.
+
+    Raises:
+        HastenError: a setting, the data or the folder is wrong; says what and how to put it right.
+
+    Example:
+        ``hasten.train(data="my.txt", model="nano", budget="60s").values["val_bpb"]``
+    """
+    recipe, notes = _resolved(source, settings)
+    hooks = tuple(hooks)
+    tell = Teller(hooks)
+    for note in notes:
+        tell("note", message=note)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    folder = RunFolder(Path(recipe.out or Path("runs") / recipe.default_run_name()))
+    with ExitStack() as held:
+        # A folder is made only after everything was checked, so a wrong setting leaves nothing behind.
+        if folder.path.is_dir():
+            held.enter_context(folder.lock())
+        loaded, done = _continue_from(recipe, folder, tell)
+        if done is not None and not dry_run:
+            return done
+        state = _checked_state(recipe, folder, tell)
+        if dry_run:
+            return Result("dry", "", folder.path, {})
+        if not folder.path.is_dir():
+            held.enter_context(folder.lock())
+        if loaded is not None:
+            restore(state, loaded.tensors, loaded.state)
+        with _open_record(state, folder) as record:
+            return _run(state, folder, record, hooks, command)
+
+
+def _resolved(
+    source: Recipe | str | Path | None, settings: Mapping[str, Any]
+) -> tuple[Recipe, tuple[str, ...]]:
+    if isinstance(source, Recipe) and not settings:
+        return source, ()
+    if isinstance(source, Recipe):
+        raise RecipeError("Give a Recipe, or a recipe's name with settings; not a Recipe and settings.")
+    resolved = resolve(source, settings)
+    return resolved.recipe, resolved.notes
+
+
+def _continue_from(
+    recipe: Recipe, folder: RunFolder, tell: Teller
+) -> tuple[checkpoint.Loaded | None, Result | None]:
+    """Return the checkpoint to go on from, if any, and the result if nothing is left to do."""
+    _refuse_other_recipe(recipe, folder)
+    loaded, notes = checkpoint.newest(folder.checkpoints)
+    for note in notes:
+        tell("warning", message=note)
+    result = read_result(folder)
+    if result is None:
+        return loaded, None
+    is_done = loaded is not None and loaded.state["status"] == "finished"
+    if is_done or result["status"] == "diverged":
+        return loaded, Result(result["status"], result["reason"], folder.path, result, already_finished=True)
+    return loaded, None
+
+
+def _checked_state(recipe: Recipe, folder: RunFolder, tell: Teller) -> State:
+    """Prepare the data, build the state before the first step, and refuse or warn about what can be known now."""
+    data = prepare_for(recipe, on_progress=lambda progress: tell("prepare", progress=progress))
+    state = start(recipe, data, model=_warm_start(recipe))
+    tell("prepared", data=data, state=state)
+    findings = check(recipe, _facts(state, folder))
+    for finding in findings:
+        if finding.level == "error":
+            raise RecipeError(finding.message)
+    for finding in findings:
+        tell("warning", message=finding.message)
+    return state
+
+
+@contextmanager
+def _open_record(state: State, folder: RunFolder) -> Iterator[Record]:
+    """Yield the record of this attempt; what an earlier attempt logged after its last checkpoint is cut off first."""
+    folder.recipe_path.write_text(state.recipe.to_toml(), encoding="utf-8")
+    attempt = 1 + sum(event["kind"] in ("start", "resume") for event in read_events(folder))
+    cut_back(folder, state.step)
+    record = Record(folder, attempt)
+    try:
+        yield record
+    finally:
+        record.close()
+
+
+def _run(
+    state: State, folder: RunFolder, record: Record, hooks: tuple[Hook, ...], command: str | None
+) -> Result:
+    def write(event: Event) -> None:
+        if event.kind == "step":
+            record.metric(step=event.step, **event.values)
+        else:
+            record.event(event.kind, step=event.step, **event.values)
+
+    hooks = (write, *hooks)
+    tell = Teller(hooks, state)
+    _tell_start(state, tell, command)
+    with stop_on_signals() as request:
+        if state.status == "running":
+            timetable = Timetable(state, tell)
+            timetable.begin(state)
+            while state.status == "running" and state.step < state.total_steps and not request.name:
+                advance(
+                    state,
+                    state.total_steps,
+                    hooks=hooks,
+                    pause=lambda state: bool(request.name) or timetable.is_due(state),
+                )
+                if state.status == "running":
+                    between_steps(state, folder, timetable, tell)
+            if request.name and state.status == "running" and state.step < state.total_steps:
+                return stopped(state, folder, tell, request.name)
+    return finish(state, folder, tell)
+
+
+def _tell_start(state: State, tell: Teller, command: str | None) -> None:
+    """Say what is about to run, and how good the untrained model is (once in a run)."""
+    if state.step:
+        tell("resume", seconds=state.clock.seconds, environment=environment(), command=command)
+    else:
+        manifest = state.data.manifest
+        tell(
+            "start",
+            recipe=state.recipe.to_dict(),
+            environment=environment(),
+            command=command,
+            model=dataclasses.asdict(state.config),
+            params=count_parameters(state.config),
+            data={
+                "corpus": manifest["corpus"],
+                "corpus_sha256": state.data.corpus_sha256,
+                "tokenizer_sha256": state.data.tokenizer_sha256,
+                "vocab_size": state.data.vocab_size,
+                "counts": manifest["counts"],
+                **{
+                    f"{split}_{name}": getattr(getattr(state.data, split), name)
+                    for split in ("train", "val")
+                    for name in ("num_tokens", "num_documents", "source_bytes")
+                },
+            },
+            micro_rows=state.batches.micro_rows,
+            device=str(state.device),
+        )
+    if "untrained" not in state.notes:
+        evaluation = validate(state, max_tokens=state.recipe.evaluate.tokens)
+        state.notes["untrained"] = {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
+        tell(
+            "untrained", val_loss=evaluation.loss, val_bpb=evaluation.bits_per_byte, tokens=evaluation.tokens
+        )
+
+
+def prepare_for(recipe: Recipe, *, on_progress: Callable[[Any], None] | None = None) -> PreparedData:
+    """Return the prepared data that `recipe` asks for, from the cache where it is there already.
+
+    A run that starts from another one (``init_from``) reads text with that one's tokenizer.
+    """
+    tokenizer = recipe.data.tokenizer
+    if recipe.init_from:
+        if tokenizer != type(recipe.data)().tokenizer:
+            raise RecipeError(
+                f"init_from={printable(recipe.init_from)} brings its own tokenizer; leave data.tokenizer out."
+            )
+        tokenizer = str(_final_folder(recipe.init_from))
+    return prepare(
+        recipe.data.build(),
+        tokenizer=tokenizer,
+        vocab_size=recipe.data.vocab_size,
+        on_progress=on_progress,
+    )
+
+
+def _warm_start(recipe: Recipe) -> Decoder | None:
+    return (
+        read_model(_final_folder(recipe.init_from), seq_len=recipe.lengths.seq_len)
+        if recipe.init_from
+        else None
+    )
+
+
+def _final_folder(run: str) -> Path:
+    """Return the model folder that `run` names: a run folder's ``final``, or a model folder itself."""
+    for folder in (Path(run) / "final", Path(run)):
+        if (folder / "config.json").is_file():
+            return folder
+    raise RecipeError(
+        f"init_from={printable(run)} holds no trained model; give a finished run folder or a model folder."
+    )
+
+
+def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    if not folder.recipe_path.exists():
+        return
+    before, _ = resolve(folder.recipe_path)
+    changed = before.difference(recipe)
+    if changed:
+        raise RecipeError(
+            f"{printable(str(folder.path))} holds a run of another recipe ({'; '.join(changed[:4])}); "
+            "give another out=, or delete the folder."
+        )

@@ -1,0 +1,265 @@
+"""A run at one moment: what `start` builds, what `advance` moves, what a checkpoint holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten import checkpoint
+from hasten.clip import Clip
+from hasten.data.batches import PackedBatches
+from hasten.data.shards import PreparedData
+from hasten.errors import RecipeError
+from hasten.guard import Guard
+from hasten.model import Decoder, ModelConfig
+from hasten.optim import optimizer as build_optimizer
+from hasten.precision import Precision
+from hasten.recipe import Recipe
+from hasten.schedules import Progress, Schedule
+
+STATE_FORMAT = 1
+# A micro-batch on a CPU is kept near the caches; on a GPU the logits bound it.
+CPU_MICRO_TOKENS = 4096
+GPU_LOGITS_BYTES = 4 << 30
+
+
+@dataclass
+class Clock:
+    """The clock a wall-clock budget is held against: seconds of every attempt at a run, summed."""
+
+    before: float = 0.0
+    began: float | None = None
+
+    def start(self) -> None:
+        """Let the clock run; a second start changes nothing."""
+        self.began = time.perf_counter() if self.began is None else self.began
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self.before + (0.0 if self.began is None else time.perf_counter() - self.began)
+
+
+@dataclass
+class State:
+    """Everything a run is, between two optimizer steps.
+
+    `step`, `row` and `tokens` say where it is: optimizer steps done, rows of data consumed, real target tokens
+    trained. `progress` maps steps to [0, 1]; it is None until a wall-clock budget has been planned.
+    `clock` is what a wall-clock budget is held against, `phases` says what its seconds went into.
+    """
+
+    recipe: Recipe
+    data: PreparedData
+    config: ModelConfig
+    model: Decoder
+    forward: nn.Module
+    precision: Precision
+    optimizer: torch.optim.Optimizer
+    clip: Clip
+    batches: PackedBatches
+    guard: Guard
+    device: torch.device
+    seed: int
+    progress: Progress | None = None
+    schedule: Schedule | None = None
+    schedule_steps: int = 0
+    step: int = 0
+    row: int = 0
+    tokens: int = 0
+    clock: Clock = field(default_factory=Clock)
+    status: str = "running"
+    reason: str = ""
+    phases: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total_steps(self) -> int:
+        """The planned number of optimizer steps; 0 before a wall-clock budget has been planned."""
+        return self.progress.total_steps if self.progress else 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Rows times row length of one optimizer step."""
+        return self.batches.rows_per_step * self.recipe.lengths.seq_len
+
+    def spend(self, phase: str, seconds: float) -> None:
+        """Book `seconds` of the run's clock under `phase`."""
+        self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that a recipe's ``device`` names; ``auto`` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def auto_micro_rows(rows_per_step: int, seq_len: int, vocab_size: int, device: torch.device) -> int:
+    """Return the rows of a micro-batch: the largest divisor of the step that fits caches (CPU) or memory (GPU)."""
+    if device.type == "cpu":
+        limit = CPU_MICRO_TOKENS
+    else:
+        limit = GPU_LOGITS_BYTES // (vocab_size * 4)
+    fitting = max(1, limit // seq_len)
+    return max(d for d in range(1, rows_per_step + 1) if rows_per_step % d == 0 and d <= fitting)
+
+
+def start(
+    recipe: Recipe,
+    data: PreparedData,
+    *,
+    seed: int | None = None,
+    horizon: int | None = None,
+    model: Decoder | None = None,
+) -> State:
+    """Build the state of a run before its first step.
+
+    Args:
+        recipe: every choice of the run.
+        data: prepared tokens, from `hasten.data.preparation.prepare`.
+        seed: decides the initial weights and the order of the data; the recipe's by default.
+        horizon: optimizer steps that the schedules span. It is not a stop: `advance` may stop earlier and go on
+            later without any schedule noticing. Taken from ``recipe.budget`` when that counts steps, tokens or
+            epochs; a wall-clock budget has none until it is planned.
+        model: start from these weights instead of fresh ones (fine-tuning).
+
+    Raises:
+        RecipeError: the batch does not hold one row.
+    """
+    seed = recipe.seed if seed is None else seed
+    device = pick_device(recipe.device)
+    seq_len = recipe.lengths.seq_len
+    if model is None:
+        model = Decoder(recipe.model.build(data.vocab_size, seq_len), seed=seed)
+    model = model.to(device)
+    rows_per_step = recipe.batch.tokens // seq_len
+    if rows_per_step < 1:
+        raise RecipeError(
+            f"batch.tokens={recipe.batch.tokens} is less than one row of lengths.seq_len={seq_len}; "
+            f"give at least {seq_len}."
+        )
+    micro_rows = recipe.batch.micro_rows or auto_micro_rows(rows_per_step, seq_len, data.vocab_size, device)
+    precision = Precision(model, recipe.precision.name)
+    state = State(
+        recipe=recipe,
+        data=data,
+        config=model.config,
+        model=model,
+        forward=model,
+        precision=precision,
+        optimizer=build_optimizer(model, master=precision.master, **recipe.optimizer.model_dump()),
+        clip=recipe.clip.build(),
+        batches=PackedBatches(
+            data.train,
+            seq_len=seq_len,
+            rows_per_step=rows_per_step,
+            micro_rows=micro_rows,
+            seed=seed,
+            document_mask=recipe.data.document_mask,
+        ),
+        guard=Guard(),
+        device=device,
+        seed=seed,
+    )
+    steps = horizon if horizon is not None else budget_steps(state)
+    if steps is not None:
+        set_horizon(state, steps)
+    return state
+
+
+def budget_steps(state: State) -> int | None:
+    """Return the optimizer steps that the recipe's budget asks for; None for a wall-clock budget."""
+    return state.recipe.budget.to_steps(
+        total_steps=None, tokens_per_step=state.tokens_per_step, steps_per_epoch=state.batches.steps_per_epoch
+    )
+
+
+def set_horizon(state: State, total_steps: int) -> None:
+    """Fix the horizon of a run that has none: its progress map and the schedules that live on it."""
+    state.progress = Progress(((0, 0.0), (total_steps, 1.0)))
+    build_schedule(state, total_steps)
+
+
+def build_schedule(state: State, total_steps: int) -> None:
+    """Build the schedule for a first plan of `total_steps`, which a warm-up given in steps is a share of."""
+    state.schedule_steps = total_steps
+    state.schedule = state.recipe.schedule.build(
+        total_steps=total_steps,
+        tokens_per_step=state.tokens_per_step,
+        steps_per_epoch=state.batches.steps_per_epoch,
+    )
+
+
+def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Return what a checkpoint holds of `state`: named groups of tensors, and plain data."""
+    optimizer_tensors, optimizer_layout = checkpoint.pack(state.optimizer.state_dict())
+    tensors = {
+        "model": {name: master.detach() for name, master in state.precision.named_masters().items()},
+        "optimizer": optimizer_tensors,
+        "random": {"torch": torch.get_rng_state()},
+    }
+    plain = {
+        "format": STATE_FORMAT,
+        "step": state.step,
+        "row": state.row,
+        "tokens": state.tokens,
+        "seconds": state.clock.seconds,
+        "phases": state.phases,
+        "status": state.status,
+        "reason": state.reason,
+        "seed": state.seed,
+        "progress": state.progress.to_json() if state.progress else None,
+        "schedule_steps": state.schedule_steps,
+        "precision": state.precision.state_dict(),
+        "optimizer": optimizer_layout,
+        "notes": state.notes,
+        "corpus_sha256": state.data.corpus_sha256,
+        "tokenizer_sha256": state.data.tokenizer_sha256,
+    }
+    return tensors, plain
+
+
+def restore(state: State, tensors: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Any]) -> None:
+    """Put a freshly started `state` where the checkpoint was, bit for bit."""
+    _refuse_other_data(state, plain)
+    masters = state.precision.named_masters()
+    saved = tensors["model"]
+    if set(masters) != set(saved):
+        raise RecipeError(
+            "The checkpoint holds another model than the recipe describes; "
+            f"differing weights: {', '.join(sorted(set(masters) ^ set(saved))[:3])}."
+        )
+    with torch.no_grad():
+        for name, master in masters.items():
+            master.copy_(saved[name])
+    state.precision.sync()
+    state.optimizer.load_state_dict(checkpoint.unpack(tensors["optimizer"], plain["optimizer"]))
+    state.precision.load_state_dict(plain["precision"])
+    torch.set_rng_state(tensors["random"]["torch"])
+    for name in ("step", "row", "tokens", "status", "reason"):
+        setattr(state, name, plain[name])
+    state.clock = Clock(before=plain["seconds"])
+    state.phases = dict(plain["phases"])
+    state.notes = dict(plain["notes"])
+    if plain["progress"] is not None:
+        state.progress = Progress.from_json(plain["progress"])
+        build_schedule(state, plain["schedule_steps"])
+
+
+def _refuse_other_data(state: State, plain: Mapping[str, Any]) -> None:
+    for what, given in (
+        ("corpus", state.data.corpus_sha256),
+        ("tokenizer", state.data.tokenizer_sha256),
+    ):
+        saved = plain[f"{what}_sha256"]
+        if saved != given:
+            raise RecipeError(
+                f"The {what} changed since this run was saved (was {saved[:12]}, is {given[:12]}); "
+                "restore it, or start a new run with another out=."
+            )
