@@ -28,7 +28,7 @@ class Pace:
     _steps: deque[tuple[int, float]] = field(default_factory=deque)
 
     def observe(self, step: int, train_seconds: float) -> None:
-        """Note that `step` optimizer steps took `train_seconds` of training time in all (evaluation and saving apart)."""
+        """Note that `step` steps took `train_seconds` of training in all (evaluation and saving apart)."""
         self._steps.append((step, train_seconds))
         while len(self._steps) > 12 and train_seconds - self._steps[0][1] > WINDOW_SHARE * self.budget:
             self._steps.popleft()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from hasten.cli import evaluate, export, generate, prepare, report, runs, train
@@ -42,8 +44,6 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def hasten(
-    version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version."
-    ),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Train language models faster, and measure what each technique is worth."""

@@ -119,9 +119,7 @@ class Display:
     def stopped(self, result: Any) -> None:
         """Say where a stopped run can go on."""
         self._print(
-            Text(
-                f"stopped by {result.reason}, saved in {printable(str(result.folder))}; the same command goes on."
-            )
+            Text(f"stopped by {result.reason}, saved in {printable(str(result.folder))}; the same command goes on.")
         )
 
     def finished(self, result: Any, page: Path | None) -> None:
@@ -150,9 +148,7 @@ class Display:
         ending = f" ({printable(values['reason'])})" if values["reason"] else ""
         self._print(Text(f"\ndone in {duration(values['seconds'])}: {steps}, {tokens}, {speed}{ending}"))
         table = Table.grid(padding=(0, 2))
-        table.add_row(
-            Text("held-out bits per byte", style="bold"), Text(f"{values['val_bpb']:.3f}", style="bold")
-        )
+        table.add_row(Text("held-out bits per byte", style="bold"), Text(f"{values['val_bpb']:.3f}", style="bold"))
         rivals = {
             "xz_bpb": "  xz -9",
             "unigram_bpb": "  byte unigram",

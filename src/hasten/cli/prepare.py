@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 
 def prepare(
-    arguments: list[str] = typer.Argument(
-        ...,
-        metavar="[RECIPE.toml] [KEY=VALUE ...]",
-        help="A recipe and settings, as for `hasten train`; only the data and tokenizer settings matter here.",
-    ),
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[RECIPE.toml] [KEY=VALUE ...]",
+            help="A recipe and settings, as for `hasten train`; only the data and tokenizer settings matter here.",
+        ),
+    ],
 ) -> int:
     """Tokenize a corpus into the cache that `hasten train` reads. Training prepares by itself; this does it ahead.
 

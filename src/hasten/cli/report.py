@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 
 def report(
-    runs: list[Path] = typer.Argument(
-        ..., metavar="RUN ...", help="Run folders; several are laid over each other."
-    ),
-    out: Path = typer.Option(None, "--out", help="Where to write the page.", show_default="RUN/report.html"),
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN ...", help="Run folders; several are laid over each other.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the page.", show_default="RUN/report.html")
+    ] = None,
 ) -> int:
     """Write an offline HTML page (and PNG pictures) about one run or several.
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 
 def runs(
-    folder: Path = typer.Argument(Path("runs"), help="The folder that holds run folders."),
-    remove: list[str] = typer.Option([], "--remove", metavar="NAME", help="Delete this run folder whole."),
-    prune: bool = typer.Option(
-        False, "--prune", help="Delete the checkpoints of finished runs; models and records stay."
-    ),
-    yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask before deleting."),
+    folder: Annotated[Path, typer.Argument(help="The folder that holds run folders.")] = Path("runs"),
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", metavar="NAME", help="Delete this run folder whole.")
+    ] = None,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="Delete the checkpoints of finished runs; models and records stay."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before deleting.")] = False,
 ) -> int:
     """List run folders, and delete what is not needed any more.
 
@@ -72,9 +75,7 @@ def _named(folder: Path, found: list[Path], names: list[str]) -> list[Path]:
     known = {path.name: path for path in found}
     for name in names:
         if name not in known:
-            raise RunError(
-                f"{printable(str(folder))} holds no run named {printable(name)!r}{nearest(name, known)}."
-            )
+            raise RunError(f"{printable(str(folder))} holds no run named {printable(name)!r}{nearest(name, known)}.")
     return [known[name] for name in names]
 
 

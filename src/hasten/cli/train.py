@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import shlex
 import sys
+from typing import Annotated
 
 import typer
 
 
 def train(
-    arguments: list[str] = typer.Argument(
-        None,
-        metavar="[RECIPE.toml] [KEY=VALUE ...]",
-        help="A recipe (a TOML file or the name of a built-in one) and settings that override it.",
-        show_default=False,
-    ),
-    dry_run: bool = typer.Option(
-        False, "--dry-run", help="Resolve, prepare and check; print; train nothing."
-    ),
-    no_report: bool = typer.Option(False, "--no-report", help="Do not write report.html at the end."),
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE.toml] [KEY=VALUE ...]",
+            help="A recipe (a TOML file or the name of a built-in one) and settings that override it.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve, prepare and check; print; train nothing.")
+    ] = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Do not write report.html at the end.")] = False,
 ) -> int:
     """Train a model on text. The same command resumes a run that was stopped.
 

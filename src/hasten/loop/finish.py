@@ -87,9 +87,7 @@ def stopped(state: State, folder: RunFolder, tell: Teller, signal_name: str) -> 
     return _write(state, folder, tell, {}, seconds)
 
 
-def _write(
-    state: State, folder: RunFolder, tell: Teller, values: Mapping[str, Any], seconds: float
-) -> Result:
+def _write(state: State, folder: RunFolder, tell: Teller, values: Mapping[str, Any], seconds: float) -> Result:
     trained = state.phases.get("train", 0.0) + state.phases.get("data", 0.0)
     tell("phases", **state.phases)
     untrained = state.notes.get("untrained", {})

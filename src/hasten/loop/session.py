@@ -79,9 +79,7 @@ def train(
             return _run(state, folder, record, hooks, command)
 
 
-def _resolved(
-    source: Recipe | str | Path | None, settings: Mapping[str, Any]
-) -> tuple[Recipe, tuple[str, ...]]:
+def _resolved(source: Recipe | str | Path | None, settings: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
     if isinstance(source, Recipe) and not settings:
         return source, ()
     if isinstance(source, Recipe):
@@ -90,9 +88,7 @@ def _resolved(
     return resolved.recipe, resolved.notes
 
 
-def _continue_from(
-    recipe: Recipe, folder: RunFolder, tell: Teller
-) -> tuple[checkpoint.Loaded | None, Result | None]:
+def _continue_from(recipe: Recipe, folder: RunFolder, tell: Teller) -> tuple[checkpoint.Loaded | None, Result | None]:
     """Return the checkpoint to go on from, if any, and the result if nothing is left to do."""
     _refuse_other_recipe(recipe, folder)
     loaded, notes = checkpoint.newest(folder.checkpoints)
@@ -134,9 +130,7 @@ def _open_record(state: State, folder: RunFolder) -> Iterator[Record]:
         record.close()
 
 
-def _run(
-    state: State, folder: RunFolder, record: Record, hooks: tuple[Hook, ...], command: str | None
-) -> Result:
+def _run(state: State, folder: RunFolder, record: Record, hooks: tuple[Hook, ...], command: str | None) -> Result:
     def write(event: Event) -> None:
         if event.kind == "step":
             record.metric(step=event.step, **event.values)
@@ -195,9 +189,7 @@ def _tell_start(state: State, tell: Teller, command: str | None) -> None:
     if "untrained" not in state.notes:
         evaluation = validate(state, max_tokens=state.recipe.evaluate.tokens)
         state.notes["untrained"] = {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
-        tell(
-            "untrained", val_loss=evaluation.loss, val_bpb=evaluation.bits_per_byte, tokens=evaluation.tokens
-        )
+        tell("untrained", val_loss=evaluation.loss, val_bpb=evaluation.bits_per_byte, tokens=evaluation.tokens)
 
 
 def prepare_for(recipe: Recipe, *, on_progress: Callable[[Any], None] | None = None) -> PreparedData:
@@ -221,11 +213,7 @@ def prepare_for(recipe: Recipe, *, on_progress: Callable[[Any], None] | None = N
 
 
 def _warm_start(recipe: Recipe) -> Decoder | None:
-    return (
-        read_model(_final_folder(recipe.init_from), seq_len=recipe.lengths.seq_len)
-        if recipe.init_from
-        else None
-    )
+    return read_model(_final_folder(recipe.init_from), seq_len=recipe.lengths.seq_len) if recipe.init_from else None
 
 
 def _final_folder(run: str) -> Path:

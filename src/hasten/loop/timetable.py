@@ -75,11 +75,7 @@ class Timetable:
 
     def plan_due(self, state: State) -> bool:
         """Say whether a wall-clock budget should be planned again now: before the cool-down, not too often."""
-        if (
-            self._budget is None
-            or state.step < 3
-            or state.progress(state.step) >= state.schedule.cooldown_start
-        ):
+        if self._budget is None or state.step < 3 or state.progress(state.step) >= state.schedule.cooldown_start:
             return False
         is_last_chance = state.progress(state.step + 1) >= state.schedule.cooldown_start
         waited = state.clock.seconds - self._planned_at
@@ -135,10 +131,7 @@ def probe(state: State) -> float:
     seconds = 0.0
     for _ in range(2):  # the first one pays for allocations and lazy set-up
         began = time.perf_counter()
-        loss = (
-            loss_sum(state.forward, batch.tokens_BT, batch.labels_BT, batch.document_ids_BT)
-            / batch.num_targets
-        )
+        loss = loss_sum(state.forward, batch.tokens_BT, batch.labels_BT, batch.document_ids_BT) / batch.num_targets
         state.precision.backward(loss)
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)
