@@ -1,0 +1,10 @@
+"""A checkpoint: named groups of tensors and plain data, on disk whole or not at all.
+
+`save` writes one, `load` reads one back verified, `newest` finds the last that can be trusted. `pack` and `unpack`
+take a nested value such as ``optimizer.state_dict()`` apart into tensors and JSON. No pickle anywhere.
+"""
+
+from hasten.checkpoint.nested import pack, unpack
+from hasten.checkpoint.steps import Loaded, load, newest, save
+
+__all__ = ["Loaded", "load", "newest", "pack", "save", "unpack"]
