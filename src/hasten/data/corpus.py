@@ -1,0 +1,335 @@
+"""The text of a run: where it comes from, in which pieces, and which side of the split each piece is on."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import Literal, NamedTuple
+
+from hasten.data import counts
+from hasten.data.builtin import BUILTIN, builtin_files
+from hasten.data.counts import Counts
+from hasten.data.cutting import PIECE_CHARACTERS, cut
+from hasten.data.formats import check_records, fragments, is_one_document
+from hasten.data.sources import SourceFile, find_files
+from hasten.errors import DataError, printable
+
+Split = Literal["train", "val"]
+
+# Part of every corpus hash: raise it when the same files would give other pieces or another split.
+FORMAT = "hasten-corpus-1"
+_MAX_BAD_BYTES, _JUDGED_BYTES = 0.10, 1 << 20
+_FEWEST_BLOCKS, _SMALLEST_BLOCK = 64, 64
+_TO_REPLACE = re.compile("[\0\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """Which text to read and how to set a validation part aside.
+
+    Attributes:
+        train: sources: a built-in name, a file, a folder, a glob or ``-`` for standard input.
+        val: the same for validation; empty: a share of the documents of `train`.
+        val_share: that share, between 0 and 1.
+        text_key: field (or Parquet column) of records that holds the text.
+        separator: in plain text files, what stands between documents; None: a file is a document.
+    """
+
+    train: tuple[str, ...]
+    val: tuple[str, ...] = ()
+    val_share: float = 0.05
+    text_key: str = "text"
+    separator: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("train", "val"):
+            if isinstance(sources := getattr(self, key), str):
+                object.__setattr__(self, key, (sources,))
+        if not self.train:
+            raise DataError("no training text is named; give a file, a folder or a built-in corpus")
+        if not 0 < self.val_share < 1:
+            raise DataError(f"val_share is {self.val_share}; expected a share between 0 and 1, such as 0.05")
+        if self.separator == "":
+            raise DataError("the separator is empty; give the text that stands between documents, or leave it out")
+
+
+class Piece(NamedTuple):
+    """Up to 64 Ki characters of one document.
+
+    Attributes:
+        text: valid Unicode without NUL; line ends as in the source.
+        source_bytes: the bytes it had in the source (a replaced byte counts once; JSON is unescaped first).
+        starts_document: whether a new document begins with it.
+        document: a name to show.
+    """
+
+    text: str
+    source_bytes: int
+    starts_document: bool
+    document: str
+
+
+class Corpus:
+    """Files, opened and hashed, with a fixed split.
+
+    Attributes:
+        spec: what was asked for.
+        name: the sources by name, a built-in one with its version.
+        files: every file in reading order, training files first.
+        sha256: over names, sizes and contents of all files, and the split.
+        counts: what the last complete pass over the text replaced or dropped, and what was skipped before.
+    """
+
+    def __init__(self, spec: CorpusSpec) -> None:
+        self.spec = spec
+        self._skipped = Counts()
+        self.name, self._train_files = _find_all(spec.train, self._skipped)
+        self._val_files = _find_all(spec.val, self._skipped)[1] if spec.val else []
+        self.files: list[SourceFile] = self._train_files + self._val_files
+        self.counts = Counts()
+        self._split = _GIVEN if spec.val else _plan_split(self)
+        self.sha256 = _hash(self)
+
+    def pieces(self, split: Split) -> Iterator[Piece]:
+        """Yield the pieces of one side in reading order, in bounded memory.
+
+        Raises:
+            DataError: a file cannot be read, or more than 1 % of the JSON records cannot be used.
+        """
+        return (piece for side, piece in self.sides() if side == split)
+
+    def sides(self) -> Iterator[tuple[Split, Piece]]:
+        """Yield (side, piece) for all of the text in one pass, then set `counts`."""
+        tally = Counts()
+        tally.add_all(self._skipped)
+        seen = set()
+        for side, piece in self._assigned(tally):
+            seen.add(side)
+            yield side, piece
+        check_records(tally)
+        for side, sources in (("train", self.spec.train), ("val", self.spec.val or self.spec.train)):
+            if side not in seen:
+                raise DataError(f"{printable(', '.join(sources))} holds no text; expected at least one line")
+        self.counts = tally
+
+    def _assigned(self, tally: Counts) -> Iterator[tuple[Split, Piece]]:
+        split, previous = self._split, None
+        for unit in _units(self, self._train_files, tally, split.block_characters):
+            side = split.side(unit.name, self.spec.val_share)
+            # Blocks of one document that fall on the same side one after another stay one document.
+            joined = unit.continues and side == previous
+            for piece in unit.pieces:
+                yield side, piece._replace(starts_document=piece.starts_document and not joined)
+            previous = side
+        for unit in _units(self, self._val_files, tally, None):
+            yield from (("val", piece) for piece in unit.pieces)
+
+
+def open_corpus(spec: CorpusSpec) -> Corpus:
+    """Find, check and hash the files of `spec`, and fix which documents are for validation.
+
+    Documents go to validation by a hash of their name, in a share of `val_share`. A lone document (and, more
+    generally, too few documents for that share) is cut at line ends into blocks of up to about 64 kB, smaller
+    in a small corpus, which are split in the same way; a new document then starts wherever the side changes.
+    Either side gets at least one.
+
+    Raises:
+        DataError: a source is missing, binary, empty or damaged, or there is too little text to split.
+    """
+    return Corpus(spec)
+
+
+def _find_all(sources: tuple[str, ...], skipped: Counts) -> tuple[str, list[SourceFile]]:
+    names, files = [], []
+    for source in sources:
+        if source in BUILTIN:
+            name, found = builtin_files(source)
+        else:
+            name, found = ("standard input" if source == "-" else source.rstrip("/").split("/")[-1]), None
+            found = find_files(source, BUILTIN, skipped)
+        if all(file.bytes == 0 for file in found):
+            raise DataError(f"{printable(source)} is empty; expected text")
+        names.append(name)
+        files += found
+    return ", ".join(names), files
+
+
+class _Unit(NamedTuple):
+    name: str
+    continues: bool  # it is a further block of the same document
+    pieces: Iterator[Piece]
+
+
+def _units(corpus: Corpus, files: list[SourceFile], tally: Counts, block: int | None) -> Iterator[_Unit]:
+    """Yield what the split decides about: documents that hold text, or blocks of them."""
+    spec = corpus.spec
+    for file in files:
+        stream = fragments(file, text_key=spec.text_key, separator=spec.separator, tally=tally)
+        watch = _ByteWatch(file.name, tally)
+        for document, group in groupby(stream, key=itemgetter(0)):
+            watch.begin(document)
+            texts = _without_blank_start(cut((text for _, text in group), block or PIECE_CHARACTERS))
+            first = next(texts, None)
+            if first is None:
+                tally.add(counts.EMPTY_DOCUMENT, document)
+            elif block is None:
+                yield _Unit(document, False, watch.pieces(first, texts))
+            else:
+                yield _Unit(f"{document}#0", False, watch.pieces(first))
+                for index, text in enumerate(texts, 1):
+                    yield _Unit(f"{document}#{index}", True, watch.pieces(text))
+        watch.finish()
+
+
+def _without_blank_start(texts: Iterator[str]) -> Iterator[str]:
+    started = False
+    for text in texts:
+        started = started or not text.isspace()
+        if started:
+            yield text
+
+
+class _ByteWatch:
+    """Replaces what is not text in the pieces of one file, counts it, and stops when the file is mostly that."""
+
+    def __init__(self, name: str, tally: Counts) -> None:
+        self._name, self._tally = name, tally
+        self._bytes = self._bad = self._begin = 0
+        self._document = name
+
+    def begin(self, document: str) -> None:
+        """Count byte places from here on within `document`."""
+        self._document, self._begin = document, self._bytes
+
+    def pieces(self, first: str, rest: Iterable[str] = ()) -> Iterator[Piece]:
+        """Yield the pieces whose raw texts are `first`, which starts a document, and then `rest`."""
+        yield self._piece(first, True)
+        for text in rest:
+            yield self._piece(text, False)
+
+    def _piece(self, text: str, starts: bool) -> Piece:
+        try:
+            size = len(text.encode())
+            is_clean = "\0" not in text
+        except UnicodeEncodeError:
+            is_clean = False
+        if not is_clean:
+            text, size = self._replaced(text, f"{self._document} byte {self._bytes - self._begin}")
+        self._bytes += size
+        if self._bytes > _JUDGED_BYTES:
+            self.finish()
+        return Piece(text, size, starts, self._document)
+
+    def _replaced(self, text: str, place: str) -> tuple[str, int]:
+        size = len(text.encode("utf-8", "surrogatepass"))
+        for odd in _TO_REPLACE.findall(text):
+            kind = counts.LONE_SURROGATES
+            if odd == "\0":
+                kind = counts.NUL_BYTES
+            elif "\udc80" <= odd <= "\udcff":
+                kind, size = counts.BAD_BYTES, size - 2
+            self._bad += 1
+            self._tally.add(kind, f"{place} or later")
+        return _TO_REPLACE.sub("\ufffd", text), size
+
+    def finish(self) -> None:
+        """Raise DataError when more than a tenth of the bytes so far were no text."""
+        if self._bad > _MAX_BAD_BYTES * self._bytes:
+            raise DataError(
+                f"{printable(self._name)} is not UTF-8 text: {self._bad} of {self._bytes} bytes are invalid or NUL; "
+                "convert it (iconv -f ENCODING -t utf-8) or leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class _SplitPlan:
+    """Which units are for validation: those whose hash is below the share, and one forced unit if need be."""
+
+    block_characters: int | None = None
+    forced: str | None = None
+    forced_side: Split = "val"
+    all_train: bool = False
+
+    def side(self, name: str, share: float) -> Split:
+        if self.all_train:
+            return "train"
+        if name == self.forced:
+            return self.forced_side
+        return "val" if _fraction(name) < share else "train"
+
+
+_GIVEN = _SplitPlan(all_train=True)
+
+
+def _fraction(name: str) -> float:
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _plan_split(corpus: Corpus) -> _SplitPlan:
+    share = corpus.spec.val_share
+    enough = 1 / share
+    plan, count = _plan_for(corpus, None, enough)
+    if plan is None or count < enough:
+        total = sum(file.bytes for file in corpus.files)
+        block = min(PIECE_CHARACTERS, max(_SMALLEST_BLOCK, total // _FEWEST_BLOCKS))
+        plan, count = _plan_for(corpus, block, 0)
+    if plan is None:
+        raise DataError(
+            f"{printable(corpus.name)} holds too little text to set a validation part aside; "
+            "give more text, or name a validation file with val="
+        )
+    return plan
+
+
+def _plan_for(corpus: Corpus, block: int | None, enough: float) -> tuple[_SplitPlan | None, int]:
+    """Read on until both sides have a unit and there are `enough`; return the plan and how many were seen."""
+    share = corpus.spec.val_share
+    seen: dict[Split, bool] = {}
+    lowest = highest = None
+    count = 0
+    tally = Counts()
+    for name in _unit_names(corpus, tally, block):
+        count += 1
+        fraction = _fraction(name)
+        seen["val" if fraction < share else "train"] = True
+        lowest = min(lowest or (fraction, name), (fraction, name))
+        highest = max(highest or (fraction, name), (fraction, name))
+        if len(seen) == 2 and count >= enough:
+            return _SplitPlan(block), count
+    if count == 0:
+        check_records(tally)
+        raise DataError(f"{printable(corpus.name)} holds no text, only white space; expected at least one line")
+    if len(seen) == 2:
+        return _SplitPlan(block), count
+    if count < 2:
+        return None, count
+    forced, side = (lowest, "val") if "train" in seen else (highest, "train")
+    return _SplitPlan(block, forced[1], side), count
+
+
+def _unit_names(corpus: Corpus, tally: Counts, block: int | None) -> Iterator[str]:
+    for file in corpus.files:
+        units = _units(corpus, [file], tally, block)
+        if block is None and is_one_document(file, corpus.spec.separator):
+            # The first text of the file is enough to know that it counts.
+            first = next(units, None)
+            units.close()
+            yield from (first.name,) if first else ()
+        else:
+            yield from (unit.name for unit in units)
+
+
+def _hash(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+    rule = {**asdict(corpus.spec), **asdict(corpus._split), "format": FORMAT}
+    del rule["train"], rule["val"]
+    digest.update(repr(sorted(rule.items())).encode())
+    for side, files in (("train", corpus._train_files), ("val", corpus._val_files)):
+        for file in files:
+            digest.update(f"{side}\0{file.name}\0{file.bytes}\0{file.sha256}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
