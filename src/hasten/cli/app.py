@@ -44,6 +44,8 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def hasten(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Train language models faster, and measure what each technique is worth."""

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-import sysconfig
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from hasten.checks import compiler_found
 from hasten.loop.state import State
 from hasten.loop.steps import Teller
 
-# What compiling the decoder costs and gains, by kind of device: seconds for a layer's graph, share of step time saved.
+# What compiling the decoder costs (seconds) and gains (share of a step's time), by kind of device.
 COMPILE_SECONDS = {"cpu": 60.0, "cuda": 60.0}
 TIME_SAVED = {"cpu": 0.1, "cuda": 0.25}
-
-
-def compiler_found(device: torch.device) -> bool:
-    """Say whether `torch.compile` has what it needs here: a C++ compiler and Python's headers, or Triton on a GPU."""
-    if device.type == "cuda":
-        return torch.utils._triton.has_triton()
-    has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    return has_compiler and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
 
 
 def choose_compile(
@@ -43,7 +33,7 @@ def choose_compile(
         is_on, reason = state.notes["compile"], "as in the first attempt"
     elif wish != "auto":
         is_on, reason = wish == "on", f"compile={wish}"
-    elif not compiler_found(state.device):
+    elif not compiler_found(kind):
         is_on, reason = False, "no compiler on this machine"
     else:
         if seconds_left is None:

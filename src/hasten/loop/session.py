@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hasten import checkpoint
-from hasten.checks import check
+from hasten.checks import Facts, Finding, check, check_horizon, check_machine, free_bytes, this_machine
 from hasten.data.preparation import prepare
 from hasten.data.shards import PreparedData
 from hasten.errors import RecipeError, printable
@@ -105,16 +105,30 @@ def _continue_from(recipe: Recipe, folder: RunFolder, tell: Teller) -> tuple[che
 
 def _checked_state(recipe: Recipe, folder: RunFolder, tell: Teller) -> State:
     """Prepare the data, build the state before the first step, and refuse or warn about what can be known now."""
+    _report(check_machine(recipe, this_machine(recipe)), tell)
     data = prepare_for(recipe, on_progress=lambda progress: tell("prepare", progress=progress))
     state = start(recipe, data, model=_warm_start(recipe))
     tell("prepared", data=data, state=state)
-    findings = check(recipe, _facts(state, folder))
+    _report(check(recipe, _facts(state, folder)), tell)
+    return state
+
+
+def _report(findings: Iterable[Finding], tell: Teller) -> None:
     for finding in findings:
         if finding.level == "error":
             raise RecipeError(finding.message)
-    for finding in findings:
         tell("warning", message=finding.message)
-    return state
+
+
+def _facts(state: State, folder: RunFolder) -> Facts:
+    return Facts(
+        vocab_size=state.data.vocab_size,
+        train_tokens=state.data.train.num_tokens,
+        val_tokens=state.data.val.num_tokens,
+        params=count_parameters(state.config),
+        total_steps=state.total_steps or None,
+        free_bytes=free_bytes(folder.path),
+    )
 
 
 @contextmanager
@@ -143,7 +157,8 @@ def _run(state: State, folder: RunFolder, record: Record, hooks: tuple[Hook, ...
     with stop_on_signals() as request:
         if state.status == "running":
             timetable = Timetable(state, tell)
-            timetable.begin(state)
+            if timetable.begin(state):
+                _report(check_horizon(state.recipe, _facts(state, folder)), tell)
             while state.status == "running" and state.step < state.total_steps and not request.name:
                 advance(
                     state,
@@ -205,7 +220,7 @@ def prepare_for(recipe: Recipe, *, on_progress: Callable[[Any], None] | None = N
             )
         tokenizer = str(_final_folder(recipe.init_from))
     return prepare(
-        recipe.data.build(),
+        recipe.data.corpus_spec(),
         tokenizer=tokenizer,
         vocab_size=recipe.data.vocab_size,
         on_progress=on_progress,
@@ -229,8 +244,7 @@ def _final_folder(run: str) -> Path:
 def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
     if not folder.recipe_path.exists():
         return
-    before, _ = resolve(folder.recipe_path)
-    changed = before.difference(recipe)
+    changed = resolve(folder.recipe_path).recipe.difference(recipe, ignore=recipe.free_on_resume)
     if changed:
         raise RecipeError(
             f"{printable(str(folder.path))} holds a run of another recipe ({'; '.join(changed[:4])}); "

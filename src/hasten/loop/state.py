@@ -193,6 +193,7 @@ def build_schedule(state: State, total_steps: int) -> None:
         total_steps=total_steps,
         tokens_per_step=state.tokens_per_step,
         steps_per_epoch=state.batches.steps_per_epoch,
+        seconds=state.recipe.budget.value if state.recipe.budget.unit == "seconds" else None,
     )
 
 
@@ -217,6 +218,7 @@ def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
         "progress": state.progress.to_json() if state.progress else None,
         "schedule_steps": state.schedule_steps,
         "precision": state.precision.state_dict(),
+        "guard": state.guard.state_dict(),
         "optimizer": optimizer_layout,
         "notes": state.notes,
         "corpus_sha256": state.data.corpus_sha256,
@@ -241,6 +243,7 @@ def restore(state: State, tensors: Mapping[str, Mapping[str, Tensor]], plain: Ma
     state.precision.sync()
     state.optimizer.load_state_dict(checkpoint.unpack(tensors["optimizer"], plain["optimizer"]))
     state.precision.load_state_dict(plain["precision"])
+    state.guard.load_state_dict(plain["guard"])
     torch.set_rng_state(tensors["random"]["torch"])
     for name in ("step", "row", "tokens", "status", "reason"):
         setattr(state, name, plain[name])

@@ -16,7 +16,7 @@ from hasten.pacing import Pace, steps_that_fit, worth_planning_again
 
 # A wall-clock budget is planned again at most this often (as a share of it), and once more just before the cool-down.
 PLAN_EVERY_SHARE = 0.04
-# The pair of times below is what a forward pass costs relative to forward, backward and update: a third, about.
+# What a forward pass costs relative to forward, backward and update.
 FORWARD_SHARE = 0.35
 
 
@@ -32,11 +32,14 @@ class Timetable:
         self._checkpoint_seconds = 0.0
         self._marks: dict[str, float] = {}
 
-    def begin(self, state: State) -> None:
-        """Start the clock; decide on compilation and plan a wall-clock budget, both on the ground of a short probe."""
+    def begin(self, state: State) -> bool:
+        """Start the clock; decide on compilation, plan a wall-clock budget; say whether the horizon is new.
+
+        Both rest on a short probe: forward and backward passes that change nothing.
+        """
         state.clock.start()
-        if self._budget is not None and state.progress is None:
-            # Any horizon will do for the probe: it takes no optimizer step.
+        is_new = self._budget is not None and state.progress is None
+        if is_new:
             seconds_per_step = probe(state)
             seconds_per_step = choose_compile(state, self._tell, seconds_per_step, self._budget, probe)
             tokens = min(state.recipe.evaluate.tokens, state.data.val.num_tokens)
@@ -51,6 +54,7 @@ class Timetable:
         self._pace.observe(state.step, self._trained(state))
         for name in ("evaluate", "checkpoint"):
             self._marks[name] = _position(getattr(state.recipe, name).every, state)
+        return is_new
 
     def is_due(self, state: State) -> bool:
         """Say whether anything is due after the step just done."""

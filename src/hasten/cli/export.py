@@ -1,0 +1,46 @@
+"""``hasten export``: a model folder that other tools read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    to: Annotated[Path, typer.Option("--to", help="The folder to write.")],
+    step: Annotated[int | None, typer.Option(help="Take this checkpoint; the newest good one otherwise.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bf16 or fp16.")] = "float32",
+) -> int:
+    """Write a checkpoint of a run as a Hugging Face folder, which `transformers` loads.
+
+    \b
+    hasten export runs/books --to my-model --dtype bf16
+    hasten export runs/books --to early --step 1000
+    """
+    from hasten import checkpoint
+    from hasten.errors import RunError, printable
+    from hasten.exports import export as write
+    from hasten.loop import prepare_for
+    from hasten.recipe import resolve
+    from hasten.record import RunFolder
+
+    folder = RunFolder(run)
+    if not folder.checkpoints.is_dir():
+        raise RunError(f"{printable(str(run))} holds no checkpoints; give a run folder.")
+    if step is None:
+        loaded, notes = checkpoint.newest(folder.checkpoints)
+        for note in notes:
+            typer.echo(f"! {note}")
+        if loaded is None:
+            raise RunError(f"{printable(str(run))} holds no checkpoint yet.")
+    else:
+        loaded = checkpoint.load(folder.checkpoints / f"step-{step:08d}")
+    recipe = resolve(folder.recipe_path).recipe
+    data = prepare_for(recipe)
+    config = recipe.model.build(data.vocab_size, recipe.lengths.seq_len)
+    place = write(loaded.tensors["model"], config, data.tokenizer, to, document_token=data.document_token, dtype=dtype)
+    typer.echo(f"step {loaded.step} as {dtype} in {printable(str(place))}")
+    return 0
