@@ -30,8 +30,10 @@ def stem(name: str) -> str:
 
 
 @contextmanager
-def open_stream(path: Path, name: str) -> Iterator[io.BufferedIOBase]:
-    """Open `path` for reading its decompressed bytes.
+def open_stream(
+    path: Path, name: str, on_read: Callable[[int], None] = lambda count: None
+) -> Iterator[io.BufferedIOBase]:
+    """Open `path` for reading its decompressed bytes; `on_read` hears of the bytes that were read on disk.
 
     Raises:
         DataError: the file cannot be opened, is damaged or cut short, or needs a package that is missing.
@@ -43,7 +45,7 @@ def open_stream(path: Path, name: str) -> Iterator[io.BufferedIOBase]:
         zstandard = _zstandard(name)
         damaged += (zstandard.ZstdError,)
     try:
-        with open(path, "rb") as file:
+        with io.BufferedReader(_Watched(path, on_read), _BLOCK) as file:
             if suffix == ".gz":
                 stream = io.BufferedReader(gzip.GzipFile(fileobj=file), _BLOCK)
             elif suffix == ".xz":
@@ -70,6 +72,17 @@ def _zstandard(name: str):
         raise DataError(
             f"{printable(name)} is Zstandard-compressed, which needs one more package: pip install zstandard"
         ) from error
+
+
+class _Watched(io.FileIO):
+    def __init__(self, path: Path, on_read: Callable[[int], None]) -> None:
+        super().__init__(path)
+        self._on_read = on_read
+
+    def readinto(self, buffer) -> int:
+        count = super().readinto(buffer)
+        self._on_read(count)
+        return count
 
 
 class _FrameStream(io.RawIOBase):

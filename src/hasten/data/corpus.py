@@ -51,7 +51,7 @@ class CorpusSpec:
                 object.__setattr__(self, key, (sources,))
         if not self.train:
             raise DataError("no training text is named; give a file, a folder or a built-in corpus")
-        if not 0 < self.val_share < 1:
+        if not self.val and not 0 < self.val_share < 1:
             raise DataError(f"val_share is {self.val_share}; expected a share between 0 and 1, such as 0.05")
         if self.separator == "":
             raise DataError("the separator is empty; give the text that stands between documents, or leave it out")
@@ -91,8 +91,14 @@ class Corpus:
         self._val_files = _find_all(spec.val, self._skipped)[1] if spec.val else []
         self.files: list[SourceFile] = self._train_files + self._val_files
         self.counts = Counts()
+        self._tally = self.counts
         self._split = _GIVEN if spec.val else _plan_split(self)
         self.sha256 = _hash(self)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes on disk that the pass in progress has read so far."""
+        return self._tally.bytes_read
 
     def pieces(self, split: Split) -> Iterator[Piece]:
         """Yield the pieces of one side in reading order, in bounded memory.
@@ -104,7 +110,7 @@ class Corpus:
 
     def sides(self) -> Iterator[tuple[Split, Piece]]:
         """Yield (side, piece) for all of the text in one pass, then set `counts`."""
-        tally = Counts()
+        tally = self._tally = Counts()
         tally.add_all(self._skipped)
         seen = set()
         for side, piece in self._assigned(tally):
@@ -326,8 +332,9 @@ def _unit_names(corpus: Corpus, tally: Counts, block: int | None) -> Iterator[st
 
 def _hash(corpus: Corpus) -> str:
     digest = hashlib.sha256()
-    rule = {**asdict(corpus.spec), **asdict(corpus._split), "format": FORMAT}
-    del rule["train"], rule["val"]
+    spec = corpus.spec
+    rule = {"text_key": spec.text_key, "separator": spec.separator, "format": FORMAT}
+    rule |= asdict(corpus._split) if spec.val else {"val_share": spec.val_share, **asdict(corpus._split)}
     digest.update(repr(sorted(rule.items())).encode())
     for side, files in (("train", corpus._train_files), ("val", corpus._val_files)):
         for file in files:

@@ -31,6 +31,7 @@ class Counts:
         self.amounts: dict[str, int] = {}
         self.places: dict[str, list[str]] = {}
         self.records_read = 0
+        self.bytes_read = 0
 
     def add(self, kind: str, place: str, amount: int = 1) -> None:
         """Count `amount` more of `kind`; remember `place` if it is among the first five."""
@@ -38,6 +39,10 @@ class Counts:
         places = self.places.setdefault(kind, [])
         if len(places) < PLACES_SHOWN:
             places.append(printable(place))
+
+    def on_read(self, count: int) -> None:
+        """Count `count` more bytes read from disk."""
+        self.bytes_read += count
 
     def add_all(self, other: Counts) -> None:
         """Count everything that `other` counted."""

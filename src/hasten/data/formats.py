@@ -62,7 +62,7 @@ def is_one_document(file: SourceFile, separator: str | None) -> bool:
 def _text_chunks(file: SourceFile, tally: Counts) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     at_start = True
-    with compressed.open_stream(file.path, file.name) as stream:
+    with compressed.open_stream(file.path, file.name, tally.on_read) as stream:
         while block := stream.read(READ_BYTES):
             text = decoder.decode(block)
             if at_start and text:
@@ -113,7 +113,7 @@ def _kind(value: Any) -> str:
 
 
 def _json_lines(file: SourceFile, text_key: str, tally: Counts) -> Iterator[tuple[str, str]]:
-    with compressed.open_stream(file.path, file.name) as stream:
+    with compressed.open_stream(file.path, file.name, tally.on_read) as stream:
         number = 0
         while line := stream.readline(MAX_RECORD_BYTES + 1):
             number += 1
@@ -239,6 +239,7 @@ def _parquet(file: SourceFile, text_key: str, tally: Counts) -> Iterator[tuple[s
         raise DataError(
             f"{printable(file.name)} is a Parquet file, which needs one more package: pip install pyarrow"
         ) from error
+    tally.on_read(file.bytes)
     try:
         with parquet.ParquetFile(file.path, memory_map=False, buffer_size=READ_BYTES) as table:
             _check_column(file, table.schema_arrow, text_key)

@@ -1,0 +1,123 @@
+"""Faster encoders for a tokenizer, used only where their ids are verified to be the tokenizer's own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from hasten.data.tokenizer import Tokenizer
+
+Encode = Callable[[str], np.ndarray]
+
+# GPT-2's rule as tiktoken writes it: possessive, so that its engine does not go back.
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# Where encoders tend to differ: special tokens as text, runs of space, line ends, joined and right-to-left characters.
+AWKWARD = (
+    "",
+    " ",
+    "<|endoftext|> <s></s> [SEP] <|im_start|>",
+    "a  b   c\t\td \n\n\n e\r\n\r\nf \u00a0\u2003g\u200b",
+    "it's IT'S we'll they've 'tis ''quoted''",
+    "0 12 123 1234 12345 3.14159 1e-5 0xFF \u0664\u0662",
+    "e\u0301 \u00e9 \ufb01 \U0001f469\u200d\U0001f680 \u05e9\u05dc\u05d5\u05dd \u4f60\u597d\u3002\ud55c\uad6d\uc5b4",
+    "x" * 1000 + " " * 1000 + "\n" * 100 + "()[]{}" * 100,
+    "".join(map(chr, range(0x20, 0x250))),
+    "\x01\x02\x7f\ufffd\ufeff\u2028\u0085",
+)
+
+
+def plain(tokenizer: Tokenizer) -> Encode:
+    """Return the reference: the tokenizer itself."""
+    return tokenizer.encode
+
+
+def kitoken(tokenizer: Tokenizer) -> Encode:
+    """Return an encoder of the package kitoken; one instance per thread, since threads on one slow each other down.
+
+    Raises:
+        ImportError: not installed.
+        Exception: it cannot represent this tokenizer.
+    """
+    build = importlib.import_module("kitoken").Kitoken.from_tokenizers
+    document, own = tokenizer.document.encode(), threading.local()
+    build(document)
+
+    def encode(text: str) -> np.ndarray:
+        if not hasattr(own, "encoder"):
+            own.encoder = build(document)
+        return np.array(own.encoder.encode(text, False), dtype=np.uint32)
+
+    return encode
+
+
+def tiktoken(tokenizer: Tokenizer) -> Encode:
+    """Return an encoder of the package tiktoken, for byte-level tokenizers with one splitting rule.
+
+    Raises:
+        ImportError: not installed.
+        ValueError: it cannot represent this tokenizer.
+    """
+    package = importlib.import_module("tiktoken")
+    pattern = _pattern(json.loads(tokenizer.document))
+    if not tokenizer.is_byte_level or pattern is None:
+        raise ValueError("not byte-level with one splitting rule")
+    ranks = {word: index for index, word in enumerate(tokenizer.token_bytes) if word}
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise ValueError("not every byte has a token")
+    encoding = package.Encoding("hasten", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return lambda text: encoding.encode_to_numpy(text, disallowed_special=())
+
+
+def _pattern(description: dict) -> str | None:
+    if description.get("normalizer") or any(not token["special"] for token in description.get("added_tokens", [])):
+        return None
+    step = description.get("pre_tokenizer") or {}
+    if step.get("type") == "ByteLevel" and step.get("use_regex", True) and not step.get("add_prefix_space"):
+        return _GPT2_PATTERN
+    match step.get("pretokenizers"):
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
+            {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
+        ]:
+            return pattern
+    return None
+
+
+def disagrees(encode: Encode, tokenizer: Tokenizer, texts: Sequence[str]) -> bool:
+    """Say whether `encode` gives other ids than `tokenizer` for any of `texts`."""
+    return any(not np.array_equal(encode(text), tokenizer.encode(text)) for text in texts)
+
+
+def fastest(tokenizer: Tokenizer, sample: Sequence[str] = ()) -> tuple[str, Encode]:
+    """Return the first of `ENCODERS` that is installed and gives the tokenizer's own ids, with its name.
+
+    Verified on `AWKWARD` and `sample`. A text on which a fast encoder fails is encoded by the tokenizer.
+    """
+    if tokenizer.is_bytes:
+        return "bytes", tokenizer.encode
+    for name, make in ENCODERS.items():
+        try:
+            encode = make(tokenizer)
+            if not disagrees(encode, tokenizer, [*AWKWARD, *sample]):
+                return name, _or_else(encode, tokenizer.encode) if name != "tokenizers" else encode
+        except Exception:  # not installed, or it cannot represent this tokenizer: each package has errors of its own
+            continue
+    return "tokenizers", tokenizer.encode
+
+
+def _or_else(encode: Encode, otherwise: Encode) -> Encode:
+    def safe(text: str) -> np.ndarray:
+        try:
+            return encode(text)
+        except Exception:  # such as a limit of its regular-expression engine on a very long run
+            return otherwise(text)
+
+    return safe
+
+
+# By speed, measured in benchmarks/bench_prepare.py.
+ENCODERS: dict[str, Callable[[Tokenizer], Encode]] = {"kitoken": kitoken, "tiktoken": tiktoken, "tokenizers": plain}
