@@ -46,6 +46,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, in Hugging Face format, so that a checkpoint can be exported without its corpus."""
+        return self.path / "tokenizer"
+
+    @property
     def final(self) -> Path:
         """The trained model in Hugging Face format."""
         return self.path / "final"

@@ -25,7 +25,11 @@ class Record:
     def __init__(self, folder: RunFolder, attempt: int) -> None:
         self._attempt = attempt
         self._metrics = _LineFile(folder.metrics_path)
-        self._events = _LineFile(folder.events_path)
+        try:
+            self._events = _LineFile(folder.events_path)
+        except BaseException:
+            self._metrics.close()
+            raise
 
     def metric(self, *, step: int, **values: Any) -> None:
         """Write the line of a step."""
@@ -94,9 +98,9 @@ class _LineFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
+            _mend_last_line(path)
             # Unbuffered: nothing that failed can be written later by a hidden second try.
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-            _mend_last_line(path)
         except OSError as error:
             raise self._error(error) from error
 
@@ -129,6 +133,8 @@ class _LineFile:
 
 def _mend_last_line(path: Path) -> None:
     """End or cut off a last line that a power cut left without its end, so that the next one does not run into it."""
+    if not path.is_file():  # new, or a device, which has no end
+        return
     with open(path, "r+b") as file:
         end = size = file.seek(0, os.SEEK_END)
         tail = b""
