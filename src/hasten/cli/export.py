@@ -21,10 +21,10 @@ def export(
     hasten export runs/books --to early --step 1000
     """
     from hasten import checkpoint
+    from hasten.data.tokenizer import load_tokenizer
     from hasten.errors import RunError, printable
     from hasten.exports import export as write
-    from hasten.loop import prepare_for
-    from hasten.recipe import resolve
+    from hasten.model import ModelConfig
     from hasten.record import RunFolder
 
     folder = RunFolder(run)
@@ -38,9 +38,7 @@ def export(
             raise RunError(f"{printable(str(run))} holds no checkpoint yet.")
     else:
         loaded = checkpoint.load(folder.checkpoints / f"step-{step:08d}")
-    recipe = resolve(folder.recipe_path).recipe
-    data = prepare_for(recipe)
-    config = recipe.model.build(data.vocab_size, recipe.lengths.seq_len)
-    place = write(loaded.tensors["model"], config, data.tokenizer, to, document_token=data.document_token, dtype=dtype)
+    config = ModelConfig(**loaded.state["model"])
+    place = write(loaded.tensors["model"], config, load_tokenizer(folder.tokenizer), to, dtype=dtype)
     typer.echo(f"step {loaded.step} as {dtype} in {printable(str(place))}")
     return 0

@@ -135,6 +135,8 @@ def _facts(state: State, folder: RunFolder) -> Facts:
 def _open_record(state: State, folder: RunFolder) -> Iterator[Record]:
     """Yield the record of this attempt; what an earlier attempt logged after its last checkpoint is cut off first."""
     folder.recipe_path.write_text(state.recipe.to_toml(), encoding="utf-8")
+    folder.tokenizer.mkdir(exist_ok=True)
+    state.data.tokenizer.save(folder.tokenizer, model_max_length=state.config.seq_len)
     attempt = 1 + sum(event["kind"] in ("start", "resume") for event in read_events(folder))
     cut_back(folder, state.step)
     record = Record(folder, attempt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -221,6 +222,7 @@ def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
         "guard": state.guard.state_dict(),
         "optimizer": optimizer_layout,
         "notes": state.notes,
+        "model": dataclasses.asdict(state.config),
         "corpus_sha256": state.data.corpus_sha256,
         "tokenizer_sha256": state.data.tokenizer_sha256,
     }

@@ -65,7 +65,7 @@ class DataChoices(Choices):
             )
         return self
 
-    def corpus_spec(self) -> CorpusSpec:
+    def build(self) -> CorpusSpec:
         """Return what `hasten.data.corpus.open_corpus` opens."""
         from hasten.data.corpus import CorpusSpec
 
@@ -196,7 +196,9 @@ class WarmupChoices(Choices):
         """
         from hasten.schedules import warmup
 
-        share = self._share(total_steps, tokens_per_step, steps_per_epoch, seconds)
+        share = self.warmup_share(
+            total_steps=total_steps, tokens_per_step=tokens_per_step, steps_per_epoch=steps_per_epoch, seconds=seconds
+        )
         if share >= 1:
             raise RecipeError(
                 f"schedule.warmup={self.warmup} is as long as the run of {total_steps} steps: shorten it, or give "
@@ -205,9 +207,15 @@ class WarmupChoices(Choices):
         rest = self._rest()
         return warmup(share, start=self.warmup_start) | rest if share > 0 else rest
 
-    def _share(
-        self, total_steps: int, tokens_per_step: int, steps_per_epoch: float | None, seconds: float | None
+    def warmup_share(
+        self,
+        *,
+        total_steps: int,
+        tokens_per_step: int,
+        steps_per_epoch: float | None = None,
+        seconds: float | None = None,
     ) -> float:
+        """Return the share of the run that the warm-up takes; the arguments and errors are those of `build`."""
         warmup = self.warmup
         if warmup.value == 0:
             return 0.0

@@ -18,12 +18,12 @@ class Choices(BaseModel):
 
 
 def _duration(value: Any, *, positive: bool) -> Duration:
-    if isinstance(value, Duration):
-        value = str(value)
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
+    if isinstance(value, bool) or not isinstance(value, (int, str, Duration)):
         raise ValueError("expected a duration such as 2000 (steps), 5%, 20Mtok, 60s, 15min, 2h or 1ep.")
     try:
-        return Duration.parse(value, positive=positive)
+        # Twice, because text carries twelve digits: what is read back from a saved recipe is then the same value.
+        parsed = Duration.parse(str(value), positive=positive)
+        return Duration.parse(str(parsed), positive=positive)
     except HastenError as error:
         raise ValueError(str(error)) from None
 

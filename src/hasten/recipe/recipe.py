@@ -7,9 +7,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
@@ -93,7 +92,21 @@ class Recipe(Choices):
         if self.budget.unit == "share":
             raise ValueError(f"budget={self.budget} is a share of itself: give steps, tokens, epochs or a time.")
         self._refuse_long_warmup()
+        self._refuse_two_starts()
         return self
+
+    def _refuse_two_starts(self) -> None:
+        """A run that starts from another one has that one's model and tokenizer; choices beside them would be lost."""
+        if self.init_from is None:
+            return
+        data, default = self.data, DataChoices()
+        for key, is_chosen in (
+            ("model", self.model != ModelChoices()),
+            ("data.tokenizer", data.tokenizer != default.tokenizer),
+            ("data.vocab_size", data.vocab_size != default.vocab_size),
+        ):
+            if is_chosen:
+                raise ValueError(f"init_from={self.init_from!r} brings its own model and tokenizer: leave {key} out.")
 
     def _refuse_long_warmup(self) -> None:
         warmup, budget = self.schedule.warmup, self.budget
@@ -180,8 +193,7 @@ class Recipe(Choices):
         return tuple(free)
 
 
-@dataclass(frozen=True)
-class Resolved:
+class Resolved(NamedTuple):
     """A recipe, and what to tell the user about how it was read."""
 
     recipe: Recipe

@@ -1,0 +1,291 @@
+"""One shard on disk: a ``.bin`` of token ids with its ``.idx``.
+
+``train-00000.bin`` holds the ids, little-endian uint16 or uint32, and nothing else. ``train-00000.idx`` holds a header,
+the uint32 crc32 of every 1 MiB block of the ``.bin``, then the uint64 positions where documents start, counted from
+the beginning of the shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+import zlib
+from array import array
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from hasten.errors import DataError, printable
+
+BLOCK_BYTES = 1 << 20
+SHARD_TOKENS = 1 << 27
+
+# Magic, tokens, documents, checksummed blocks, crc32 of the document starts.
+_INDEX_HEADER = struct.Struct("<8sQQQI")
+_INDEX_MAGIC = b"hastnix1"
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the narrowest stored type for ids below `vocab_size`: little-endian uint16, or uint32 above 65,536."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Writes the token stream of one split, shard after shard.
+
+    Use it as a context manager, or call `close`; leaving the context without `close` only closes the file in hand.
+
+    Args:
+        folder: an existing folder.
+        split: ``"train"`` or ``"val"``; becomes the beginning of the file names.
+        vocab_size: ids must be below it; decides the stored type.
+        document_token: the id that `start_document` writes.
+        shard_tokens: tokens of a shard, at least 1; the last one is shorter.
+
+    Raises:
+        DataError: a token id is not in ``[0, vocab_size)``.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> with ShardWriter(folder, "train", vocab_size=257, document_token=256) as writer:
+        ...     writer.start_document()
+        ...     writer.append(np.array([104, 105]), source_bytes=2)
+        ...     writer.close()["num_tokens"]
+        3
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        split: str,
+        *,
+        vocab_size: int,
+        document_token: int,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
+        self._folder, self._split, self._vocab_size = Path(folder), split, vocab_size
+        self._shard_tokens = shard_tokens
+        dtype = token_dtype(vocab_size)
+        self._document_token = np.array([document_token], dtype)
+        self._block = np.empty(BLOCK_BYTES // dtype.itemsize, dtype)
+        self._in_block = self._in_shard = self._source_bytes = 0
+        self._file: Any = None
+        self._entries: list[dict[str, Any]] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def start_document(self) -> None:
+        """Begin the next document by writing the document token."""
+        if self._file is None:
+            self._open_shard()
+        self._starts.append(self._in_shard)
+        self._store(self._document_token)
+
+    def append(self, tokens: np.ndarray, *, source_bytes: int) -> None:
+        """Add `tokens` (whole numbers, 1-D) to the document in hand; they stand for `source_bytes` bytes of text."""
+        self._source_bytes += source_bytes
+        if not tokens.size:
+            return
+        lowest, highest = int(tokens.min()), int(tokens.max())
+        if lowest < 0 or highest >= self._vocab_size:
+            raise DataError(
+                f"The tokenizer gave the id {lowest if lowest < 0 else highest}, outside its vocabulary of "
+                f"{self._vocab_size}; use a tokenizer whose ids are below its vocabulary size."
+            )
+        self._store(tokens)
+
+    def close(self) -> dict[str, Any]:
+        """Finish the last shard and return the manifest's entry for the split."""
+        if self._file is not None:
+            self._close_shard()
+        entries = self._entries
+        return {
+            "num_tokens": sum(entry["num_tokens"] for entry in entries),
+            "num_documents": sum(entry["num_documents"] for entry in entries),
+            "source_bytes": self._source_bytes,
+            "shards": entries,
+        }
+
+    def _store(self, tokens: np.ndarray) -> None:
+        done = 0
+        while done < len(tokens):
+            if self._file is None:
+                self._open_shard()
+            room = min(len(self._block) - self._in_block, self._shard_tokens - self._in_shard)
+            part = tokens[done : done + room]
+            self._block[self._in_block : self._in_block + len(part)] = part
+            done += len(part)
+            self._in_block += len(part)
+            self._in_shard += len(part)
+            if self._in_block == len(self._block):
+                self._write_block()
+            if self._in_shard == self._shard_tokens:
+                self._close_shard()
+
+    def _open_shard(self) -> None:
+        self._name = f"{self._split}-{len(self._entries):05d}"
+        self._file = open(self._folder / f"{self._name}.bin", "wb")  # noqa: SIM115 - closed by _close_shard
+        self._hash, self._checksums, self._starts = hashlib.sha256(), array("I"), array("Q")
+
+    def _write_block(self) -> None:
+        content = self._block[: self._in_block].tobytes()
+        self._file.write(content)
+        self._hash.update(content)
+        self._checksums.append(zlib.crc32(content))
+        self._in_block = 0
+
+    def _close_shard(self) -> None:
+        if self._in_block:
+            self._write_block()
+        sync(self._file)
+        self._file.close()
+        self._file = None
+        starts = np.array(self._starts, "<u8").tobytes()
+        table = np.array(self._checksums, "<u4").tobytes()
+        header = _INDEX_HEADER.pack(
+            _INDEX_MAGIC, self._in_shard, len(self._starts), len(self._checksums), zlib.crc32(starts)
+        )
+        index = self._folder / f"{self._name}.idx"
+        with open(index, "wb") as file:
+            file.write(header + table + starts)
+            sync(file)
+        self._entries.append(
+            {
+                "num_tokens": self._in_shard,
+                "num_documents": len(self._starts),
+                "tokens": {
+                    "file": f"{self._name}.bin",
+                    "bytes": self._in_shard * self._block.itemsize,
+                    "sha256": self._hash.hexdigest(),
+                },
+                "index": {
+                    "file": index.name,
+                    "bytes": len(header) + len(table) + len(starts),
+                    "sha256": hashlib.sha256(header + table + starts).hexdigest(),
+                    "crc32": zlib.crc32(header + table),
+                },
+            }
+        )
+        self._in_shard = 0
+
+
+class ShardFile:
+    """One ``.bin`` with its ``.idx``; nothing is opened before it is used."""
+
+    def __init__(self, folder: Path, entry: Mapping[str, Any], vocab_size: int) -> None:
+        self.num_tokens: int = entry["num_tokens"]
+        self._entry, self._vocab_size = entry, vocab_size
+        self._path, self._index = folder / entry["tokens"]["file"], folder / entry["index"]["file"]
+        self._dtype = token_dtype(vocab_size)
+        self._block_tokens = BLOCK_BYTES // self._dtype.itemsize
+
+    def view(self, start: int, stop: int) -> np.ndarray:
+        """Return a checked, read-only view of the file."""
+        self._check(start // self._block_tokens, -(-stop // self._block_tokens))
+        return self._tokens[start:stop]
+
+    def spans(self, starts_R: np.ndarray, length: int) -> np.ndarray:
+        """Return a copy of the spans of `length` tokens at `starts_R`."""
+        first_R, last_R = starts_R // self._block_tokens, (starts_R + length - 1) // self._block_tokens
+        if length > self._block_tokens or not (self._is_checked[first_R] & self._is_checked[last_R]).all():
+            for first, last in zip(first_R.tolist(), last_R.tolist()):
+                self._check(first, last + 1)
+        # Every span of the file as a row that overlaps the next; indexing copies only the rows asked for.
+        stride = self._dtype.itemsize
+        shape = (self.num_tokens - length + 1, length)
+        return np.ndarray(shape, self._dtype, self._tokens, strides=(stride, stride))[starts_R]
+
+    def document_starts(self) -> np.ndarray:
+        content = self._index.read_bytes()
+        *_, num_documents, num_blocks, checksum = self._parse(content)
+        starts = content[_INDEX_HEADER.size + 4 * num_blocks :]
+        if len(starts) != 8 * num_documents or zlib.crc32(starts) != checksum:
+            raise damaged(self._index, "its document starts fail their checksum")
+        return np.frombuffer(starts, "<u8").astype(np.int64)
+
+    @cached_property
+    def _tokens(self) -> np.ndarray:
+        check_size(self._path, self._entry["tokens"]["bytes"])
+        with opened(self._path) as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), self._dtype)
+
+    @cached_property
+    def _checksums(self) -> np.ndarray:
+        num_blocks = -(-self.num_tokens // self._block_tokens)
+        with opened(self._index) as file:
+            content = file.read(_INDEX_HEADER.size + 4 * num_blocks)
+        self._parse(content)
+        return np.frombuffer(content, "<u4", offset=_INDEX_HEADER.size)
+
+    @cached_property
+    def _is_checked(self) -> np.ndarray:
+        return np.zeros(len(self._checksums), bool)
+
+    def _parse(self, content: bytes) -> tuple[Any, ...]:
+        """Return the header's fields once header and table of checksums are what the manifest says."""
+        num_blocks = -(-self.num_tokens // self._block_tokens)
+        if zlib.crc32(content[: _INDEX_HEADER.size + 4 * num_blocks]) != self._entry["index"]["crc32"]:
+            raise damaged(self._index, "its table of checksums fails its own checksum")
+        fields = _INDEX_HEADER.unpack_from(content)
+        if fields[:2] != (_INDEX_MAGIC, self.num_tokens) or fields[3] != num_blocks:
+            raise damaged(self._index, "it is not the index of this shard")
+        return fields
+
+    def _check(self, first: int, stop: int) -> None:
+        """Check the blocks from `first` up to `stop` that have not been checked before."""
+        if self._is_checked[first:stop].all():
+            return
+        # A mapped file that was cut short since would end the process at the first touch of what is gone.
+        check_size(self._path, self._entry["tokens"]["bytes"])
+        for number in first + np.flatnonzero(~self._is_checked[first:stop]):
+            block = self._tokens[number * self._block_tokens : (number + 1) * self._block_tokens]
+            if zlib.crc32(block) != self._checksums[number]:
+                raise damaged(self._path, f"the block of 1 MiB at byte {number * BLOCK_BYTES} fails its checksum")
+            if int(block.max()) >= self._vocab_size:
+                raise damaged(self._path, f"it holds the id {block.max()}, outside a vocabulary of {self._vocab_size}")
+            self._is_checked[number] = True
+
+
+def check_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise damaged(path, "it is missing") from None
+    if size != expected:
+        raise damaged(path, f"it has {size:,} bytes instead of {expected:,}")
+
+
+def opened(path: Path) -> Any:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise damaged(path, f"it cannot be opened ({error.strerror})") from None
+
+
+def sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_and_close(file: Any) -> None:
+    sync(file)
+    file.close()
+
+
+def damaged(path: Path, how: str) -> DataError:
+    return DataError(
+        f"{printable(str(path))} is damaged: {printable(how)}; delete the folder {printable(str(path.parent))} and "
+        "prepare the data again."
+    )

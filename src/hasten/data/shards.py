@@ -1,0 +1,164 @@
+"""Prepared data on disk: token shards, their index, their manifest.
+
+A folder holds, for each split, ``train-00000.bin`` (the token ids, little-endian uint16 or uint32, nothing else) and
+``train-00000.idx`` (checksums of its 1 MiB blocks, then where its documents start), the tokenizer, and
+``manifest.json``, which names every file with its size and sha256. A split is one stream of tokens: each document is
+the document token followed by its own tokens, documents back to back; shards cut that stream anywhere.
+
+What is checked, and when: sizes and the manifest's own hash when the folder is opened, the table of checksums when a
+shard is first used, each block when it is first touched, everything in `PreparedData.verify`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hasten.data.manifest import FORMAT_VERSION, MANIFEST, all_files, read_manifest, sha256_of, write_manifest
+from hasten.data.shard_files import ShardFile, ShardWriter, check_size, damaged, token_dtype
+
+if TYPE_CHECKING:
+    from hasten.data.tokenizer import Tokenizer
+
+__all__ = ["FORMAT_VERSION", "PreparedData", "ShardWriter", "TokenShards", "token_dtype", "write_manifest"]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A corpus as tokens: two streams, and what they were made from. Made by `PreparedData.open`.
+
+    Attributes:
+        folder: where it lies.
+        manifest: everything known of it, as plain data.
+        train: the stream to train on.
+        val: the held-out stream.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    train: TokenShards
+    val: TokenShards
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> PreparedData:
+        """Return the prepared data in `folder` after checking its manifest and the size of every file.
+
+        Raises:
+            DataError: not prepared data, of another version, or a file is missing or has another size.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder / MANIFEST)
+        for entry in all_files(manifest):
+            check_size(folder / entry["file"], entry["bytes"])
+        train, val = (TokenShards(folder, manifest, split) for split in ("train", "val"))
+        return cls(folder, manifest, train, val)
+
+    @property
+    def corpus_sha256(self) -> str:
+        """Hash of the text and of the rule that split it."""
+        return self.manifest["corpus_sha256"]
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the tokenizer."""
+        return self.manifest["tokenizer_sha256"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Every token id is below it."""
+        return self.manifest["vocab_size"]
+
+    @property
+    def document_token(self) -> int:
+        """The id that begins every document."""
+        return self.manifest["document_token"]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the text was encoded with, read from the folder when it is first asked for."""
+        from hasten.data.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.folder)
+
+    def verify(self) -> None:
+        """Read every file and compare its sha256 with the manifest.
+
+        Raises:
+            DataError: names the first file that differs.
+        """
+        for entry in all_files(self.manifest):
+            path = self.folder / entry["file"]
+            check_size(path, entry["bytes"])
+            if sha256_of(path) != entry["sha256"]:
+                raise damaged(path, "its sha256 is not the manifest's")
+
+
+class TokenShards:
+    """The token stream of one split, read from memory-mapped shards.
+
+    Positions count tokens from the beginning of the stream; no caller needs to know where a shard ends. What is
+    returned is always a fresh array. A block of a shard is checked when it is first touched: its crc32, and that
+    its ids are below the vocabulary size.
+
+    Attributes:
+        num_tokens: length of the stream, document tokens included.
+        num_documents: documents in it.
+        source_bytes: bytes of text that it stands for.
+        vocab_size: every id is below it.
+        document_token: the id that begins every document.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], split: str) -> None:
+        entry = manifest["splits"][split]
+        self.num_tokens: int = entry["num_tokens"]
+        self.num_documents: int = entry["num_documents"]
+        self.source_bytes: int = entry["source_bytes"]
+        self.vocab_size: int = manifest["vocab_size"]
+        self.document_token: int = manifest["document_token"]
+        self._dtype = token_dtype(self.vocab_size)
+        self._shards = [ShardFile(folder, shard, self.vocab_size) for shard in entry["shards"]]
+        self._bounds = np.cumsum([0] + [shard.num_tokens for shard in self._shards])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the tokens from `start` up to `stop`, ``0 <= start <= stop <= num_tokens``, of the stored type."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} of a stream of {self.num_tokens}")
+        tokens = np.empty(stop - start, self._dtype)
+        number = int(np.searchsorted(self._bounds, start, side="right")) - 1
+        done = 0
+        while done < len(tokens):
+            shard, offset = self._shards[number], start + done - int(self._bounds[number])
+            part = shard.view(offset, min(shard.num_tokens, offset + len(tokens) - done))
+            tokens[done : done + len(part)] = part
+            done += len(part)
+            number += 1
+        return tokens
+
+    def gather(self, starts_R: np.ndarray, length: int) -> np.ndarray:
+        """Return the R spans of `length` tokens that begin at `starts_R`, as one ``(R, length)`` array.
+
+        The same tokens as R calls of `read`, in one gather per shard.
+        """
+        if len(starts_R) and not 0 <= starts_R.min() <= starts_R.max() <= self.num_tokens - length:
+            raise IndexError(f"spans of {length} tokens from {starts_R.min()} to {starts_R.max()} of {self.num_tokens}")
+        first_R = np.searchsorted(self._bounds, starts_R, side="right") - 1
+        whole_R = starts_R + length <= self._bounds[first_R + 1]
+        spans_RL = np.empty((len(starts_R), length), self._dtype)
+        for number in np.unique(first_R[whole_R]):
+            here = np.flatnonzero(whole_R & (first_R == number))
+            spans_RL[here] = self._shards[number].spans(starts_R[here] - self._bounds[number], length)
+        for row in np.flatnonzero(~whole_R):
+            spans_RL[row] = self.read(int(starts_R[row]), int(starts_R[row]) + length)
+        return spans_RL
+
+    @cached_property
+    def document_starts(self) -> np.ndarray:
+        """Where each document begins, ``int64[num_documents]``; read from the index when first asked for."""
+        parts = [shard.document_starts() + bound for shard, bound in zip(self._shards, self._bounds)]
+        return np.concatenate([np.empty(0, np.int64), *parts])
