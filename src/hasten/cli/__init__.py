@@ -24,30 +24,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = app(args=arguments, prog_name="hasten", standalone_mode=False)
+        app(args=arguments, prog_name="hasten")
     except HastenError as error:
-        code = _say(printable(str(error)), error.exit_code)
+        sys.exit(_say(printable(str(error)), error.exit_code))
     except KeyboardInterrupt:
-        code = _say("stopped.", INTERRUPTED)
+        sys.exit(_say("stopped.", INTERRUPTED))
     except BrokenPipeError:
         # Whoever read the output has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = DONE
-    except Exception as error:
-        code = _usage(error)
-    sys.exit(code if isinstance(code, int) else DONE)
-
-
-def _usage(error: Exception) -> int:
-    """Print a wrong command line the way the command-line library words it; let everything else be a traceback."""
-    import click
-
-    if isinstance(error, click.exceptions.Abort):
-        return _say("stopped.", INTERRUPTED)
-    if isinstance(error, click.ClickException):
-        error.show()
-        return WRONG_INPUT
-    raise error
+        sys.exit(DONE)
 
 
 def _say(sentence: str, code: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -30,8 +32,21 @@ VERBS = {
     "runs": runs.runs,
 }
 
+NEED_ARGUMENTS = ("evaluate", "export", "generate", "prepare", "report")
+
+
+def _exits(verb: Callable[..., int]) -> Callable[..., None]:
+    """Let a verb's return value be the exit code of the process."""
+
+    @functools.wraps(verb)
+    def run(*args: Any, **options: Any) -> None:
+        raise typer.Exit(verb(*args, **options))
+
+    return run
+
+
 for name, verb in VERBS.items():
-    app.command(name, no_args_is_help=name in ("evaluate", "export", "report", "prepare"))(verb)
+    app.command(name, no_args_is_help=name in NEED_ARGUMENTS)(_exits(verb))
 
 
 def _version(asked: bool) -> None:

@@ -74,6 +74,7 @@ def write_manifest(
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest at `path` once it is of this version, whole, and names only files of its own folder."""
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -105,6 +106,7 @@ def _shard_files(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def all_files(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the entry (``file``, ``bytes``, ``sha256``) of every file that a manifest names."""
     return [*_shard_files(manifest), *manifest["files"]]
 
 
@@ -114,6 +116,7 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's content."""
     digest = hashlib.sha256()
     with opened(path) as file:
         while content := file.read(BLOCK_BYTES):

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
@@ -76,7 +76,7 @@ class ShardWriter:
         self._document_token = np.array([document_token], dtype)
         self._block = np.empty(BLOCK_BYTES // dtype.itemsize, dtype)
         self._in_block = self._in_shard = self._source_bytes = 0
-        self._file: Any = None
+        self._file: BinaryIO | None = None
         self._entries: list[dict[str, Any]] = []
 
     def __enter__(self) -> ShardWriter:
@@ -208,6 +208,7 @@ class ShardFile:
         return np.ndarray(shape, self._dtype, self._tokens, strides=(stride, stride))[starts_R]
 
     def document_starts(self) -> np.ndarray:
+        """Return where documents start, ``int64``, counted from the beginning of the shard."""
         content = self._index.read_bytes()
         *_, num_documents, num_blocks, checksum = self._parse(content)
         starts = content[_INDEX_HEADER.size + 4 * num_blocks :]
@@ -259,6 +260,7 @@ class ShardFile:
 
 
 def check_size(path: Path, expected: int) -> None:
+    """Refuse a file that is missing or has another size than `expected` bytes."""
     try:
         size = path.stat().st_size
     except OSError:
@@ -267,24 +269,22 @@ def check_size(path: Path, expected: int) -> None:
         raise damaged(path, f"it has {size:,} bytes instead of {expected:,}")
 
 
-def opened(path: Path) -> Any:
+def opened(path: Path) -> BinaryIO:
+    """Open a file for reading bytes, or say that it is damaged."""
     try:
         return open(path, "rb")
     except OSError as error:
         raise damaged(path, f"it cannot be opened ({error.strerror})") from None
 
 
-def sync(file: Any) -> None:
+def sync(file: BinaryIO | TextIO) -> None:
+    """Bring what was written to a file onto the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _sync_and_close(file: Any) -> None:
-    sync(file)
-    file.close()
-
-
 def damaged(path: Path, how: str) -> DataError:
+    """Return the error for a file of prepared data that cannot be trusted."""
     return DataError(
         f"{printable(str(path))} is damaged: {printable(how)}; delete the folder {printable(str(path.parent))} and "
         "prepare the data again."

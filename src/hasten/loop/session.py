@@ -222,7 +222,7 @@ def prepare_for(recipe: Recipe, *, on_progress: Callable[[Any], None] | None = N
             )
         tokenizer = str(_final_folder(recipe.init_from))
     return prepare(
-        recipe.data.corpus_spec(),
+        recipe.data.build(),
         tokenizer=tokenizer,
         vocab_size=recipe.data.vocab_size,
         on_progress=on_progress,

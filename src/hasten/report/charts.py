@@ -75,7 +75,9 @@ def noisy_curves(x: np.ndarray, y: np.ndarray, each: str = "each step") -> tuple
     window = smoothing_window(len(thinned.x))
     mean = smooth(thinned.mean, window)
     if thinned.low is not None:
-        band = Curve(f"lowest to highest of {thinned.per_bin:,} steps", thinned.x, thinned.low, "band", high=thinned.high)
+        band = Curve(
+            f"lowest to highest of {thinned.per_bin:,} steps", thinned.x, thinned.low, "band", high=thinned.high
+        )
         said = f"{len(x):,} steps are drawn as {len(thinned.x)} groups of about {thinned.per_bin:,}."
         return [band, Curve(f"mean of {window * thinned.per_bin:,}", thinned.x, mean)], said
     if window == 1:
@@ -157,7 +159,7 @@ def baselines(run: Run) -> list[tuple[str, float]]:
 def _held_out(run: Run) -> Chart | None:
     steps, values = evaluations(run)
     known = np.isfinite(values)
-    if not known.any():
+    if not known[steps > 0].any():
         return None
     curves = [Curve("", steps, values, "line", 1), Curve("held-out text", steps, values, "points", 1)]
     first, last = float(values[known][0]), float(values[known][-1])
@@ -168,8 +170,10 @@ def _held_out(run: Run) -> Chart | None:
         "Held-out text",
         "bits per byte",
         _sentences(
-            said if known.sum() > 1 else f"One measurement: {fixed(last)}.",
-            "Points during the run use a sample, the last one all of the held-out text." if whole and known.sum() > 2 else "",
+            said if known.sum() > 1 else f"One measurement so far: {fixed(last)}.",
+            "Points during the run use a sample, the last one all of the held-out text."
+            if whole and known.sum() > 2
+            else "",
         ),
         curves,
         references=baselines(run),
@@ -194,7 +198,8 @@ def _learning_rate(run: Run) -> Chart | None:
         "Learning rate",
         "",
         _sentences(
-            f"{shape[0].upper()}{shape[1:]}: peak {number(float(lr.max()))} at step {peak:,}, last {number(float(lr[-1]))}.",
+            f"{shape[0].upper()}{shape[1:]}: peak {number(float(lr.max()))} at step {peak:,}, "
+            f"last {number(float(lr[-1]))}.",
             f"The number of steps was planned again {len(replans)} times to end on time (upright lines)."
             if len(replans) > 1
             else "The number of steps was planned again once to end on time (upright line)."
@@ -319,7 +324,8 @@ def comparison_charts(runs: Sequence[Run]) -> list[Chart]:
     smoothed = "Means over neighbouring steps."
     named = [
         Chart("validation", "Held-out text by tokens", "bits per byte", "What a token buys.", by_tokens),
-        Chart("validation_time", "Held-out text by time", "bits per byte", "What a second buys.", by_seconds, x_label="time"),
+        Chart("validation_time", "Held-out text by time", "bits per byte", "What a second buys.", by_seconds,
+              x_label="time"),
         Chart("loss", "Training loss", "nats per token", smoothed, loss),
         Chart("learning_rate", "Learning rate", "", "As applied.", rates, from_zero=True),
         Chart("gradient_norm", "Gradient norm", "before clipping", smoothed, norm),
@@ -335,4 +341,3 @@ def comparison_charts(runs: Sequence[Run]) -> list[Chart]:
         x_label = "tokens" if chart.x_label == "step" else chart.x_label
         charts.append(replace(chart, log=log, unit=unit, x_label=x_label))
     return charts
-

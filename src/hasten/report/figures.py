@@ -101,7 +101,9 @@ def _plot_curve(axes: Any, curve: Curve) -> Any:
     if curve.kind == "band":
         return axes.fill_between(curve.x, curve.y, curve.high, color=colour, alpha=0.22, linewidth=0, zorder=2)
     if curve.kind == "points":
-        return axes.plot(curve.x, curve.y, "o", color=colour, markersize=4.5, markeredgewidth=0, zorder=3.5)[0]
+        return axes.plot(
+            curve.x, curve.y, "o", color=colour, markersize=4.5, markeredgewidth=0, clip_on=False, zorder=3.5
+        )[0]
     if curve.kind == "faint":
         return axes.plot(curve.x, curve.y, color=colour, alpha=0.32, linewidth=0.8, zorder=2)[0]
     step = "steps-post" if curve.kind == "steps" else "default"
@@ -157,13 +159,13 @@ def _dress(axes: Any, chart: Chart) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(_tick_text))
     by_time = chart.x_label == "time"
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(FixedLocator(_time_ticks(high) if by_time else _ticks(low, high)))
+    axes.xaxis.set_major_locator(FixedLocator(_time_ticks(high) if by_time else _ticks(low, high, least=1)))
     axes.xaxis.set_major_formatter(FuncFormatter((lambda x, _: _time_text(x)) if by_time else _tick_text))
     axes.set_xlabel(chart.x_label, color=MUTED, loc="right", labelpad=7)
 
 
-def _ticks(low: float, high: float, *, log: bool = False, about: int = 5) -> list[float]:
-    """Return about `about` round numbers from `low` to `high`."""
+def _ticks(low: float, high: float, *, log: bool = False, about: int = 5, least: float = 0.0) -> list[float]:
+    """Return about `about` round numbers from `low` to `high`, at least `least` apart."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for digits in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5), (1, 1.5, 2, 3, 4, 6, 8)):
@@ -172,7 +174,8 @@ def _ticks(low: float, high: float, *, log: bool = False, about: int = 5) -> lis
                 return ticks[:: math.ceil(len(ticks) / (about + 2))]
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw)) if raw > 0 else 1.0
-    size = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= raw * 0.999)
+    sizes = (1, 2, 5, 10) if power <= least else (1, 2, 2.5, 5, 10)
+    size = max(least, next(s * power for s in sizes if s * power >= raw * 0.999))
     return [i * size for i in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
 
 

@@ -82,15 +82,18 @@ class Run:
             return str(self.result["status"])
         return "stopped" if self.events and self.events[-1].get("kind") == "stop" else "unfinished"
 
-    def measured(self, name: str) -> Any:
+    def measured(self, name: str) -> float | int | None:
         """Return a number of the result; for a run without one, the newest on record, or None."""
-        if self.result.get(name) is not None:
-            return self.result[name]
+        for value in (self.result.get(name), self._so_far(name)):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return value
+        return None
+
+    def _so_far(self, name: str) -> Any:
         if name == "untrained_val_bpb":
             return self.latest("untrained").get("val_bpb")
         if name in ("val_bpb", "val_loss"):
-            evaluation = self.latest("evaluation") or self.latest("untrained")
-            return evaluation.get(name)
+            return self.latest("evaluation").get(name)
         if name == "params":
             return self.latest("start").get("params")
         if name == "steps":

@@ -81,18 +81,21 @@ def status_words(run: Run) -> str:
 
 def verdict(run: Run) -> str:
     """Return in one sentence what the run achieved, against what one would have without it."""
-    value = run.measured("val_bpb")
+    value, untrained = run.measured("val_bpb"), run.measured("untrained_val_bpb")
+    if not is_finite(value) and run.status == "diverged":
+        return "The run diverged, so there is no held-out measurement to show."
     if not is_finite(value):
-        ended = "The run diverged, so there is no" if run.status == "diverged" else "There is no"
-        return f"{ended} held-out measurement to show."
-    others = [("the model before training", run.measured("untrained_val_bpb")), *(((f"a {name}" if "unigram" in name else name), figure) for name, figure in reversed(baselines(run)))]
+        before = f"; before training the model needs {fixed(untrained)} bits per byte" if is_finite(untrained) else ""
+        return f"There is no held-out measurement yet{before}."
+    others = [
+        ("the model before training", untrained),
+        *(((f"a {name}" if "unigram" in name else name), figure) for name, figure in reversed(baselines(run))),
+    ]
     compared = []
     for name, other in others:
         if is_finite(other) and other > 0 and other != value:
             share = abs(1 - value / other)
             compared.append(f"{percent(share)} {'less' if value < other else 'more'} than {name}")
-    if not run.last_step:
-        return f"Before training the model needs {fixed(value)} bits for each byte of held-out text."
     measured = run.latest("evaluation").get("step")
     is_final = run.result.get("val_bpb") is not None or measured is None
     said = "It needs" if is_final else f"At step {number(measured)} it needed"
@@ -109,7 +112,6 @@ def bars(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = [
         {"name": run.name if len(runs) > 1 else "this model", "value": run.measured("val_bpb"), "colour": i % 8}
         for i, run in enumerate(runs)
-        if run.last_step
     ]
     if len({run.result.get("corpus_sha256") for run in runs}) == 1:
         named = [("untrained", runs[0].measured("untrained_val_bpb")), *baselines(runs[0])]
@@ -169,7 +171,8 @@ def _broken_numbers(run: Run) -> list[str]:
 
 def time_spent(run: Run) -> list[dict[str, str]]:
     """Return what the seconds of the run went into, the rest included."""
-    phases = run.result.get("phases") or run.latest("phases") or run.latest("finish").get("phases") or {}
+    phases = run.result.get("phases") or run.latest("phases")
+    phases = phases if isinstance(phases, Mapping) else {}
     spent = {key: value for key, value in phases.items() if is_finite(value) and key not in ("step", "time", "attempt")}
     spent.pop("seconds", None)
     total = max(run.measured("seconds") or 0.0, sum(spent.values()))
@@ -180,7 +183,12 @@ def time_spent(run: Run) -> list[dict[str, str]]:
     if rest > 0.002 * total:
         named["Everything else"] = rest
     return [
-        {"name": name, "seconds": seconds(value), "share": percent(value / total), "width": f"{100 * value / total:.2f}"}
+        {
+            "name": name,
+            "seconds": seconds(value),
+            "share": percent(value / total),
+            "width": f"{100 * value / total:.2f}",
+        }
         for name, value in sorted(named.items(), key=lambda item: -item[1])
     ]
 
@@ -191,7 +199,9 @@ def samples(run: Run) -> list[dict[str, Any]]:
     for event in reversed(run.of_kind("sample")):
         text = str(event.get("text", ""))
         cut = f"\n… cut here; {len(text):,} characters in all" if len(text) > MAX_SAMPLE else ""
-        found.append({"step": event.get("step"), "prompt": str(event.get("prompt") or ""), "text": text[:MAX_SAMPLE] + cut})
+        found.append(
+            {"step": event.get("step"), "prompt": str(event.get("prompt") or ""), "text": text[:MAX_SAMPLE] + cut}
+        )
     return found
 
 
@@ -208,9 +218,18 @@ def data_facts(run: Run) -> Rows:
         for key in order
     ]
     if isinstance(counts, Mapping):
-        replaced = [(f"Replaced: {_label(key).lower()}", _plain(value)) for key, value in flat(counts).items() if value]
-        rows += replaced or [("Replaced", "nothing")]
+        rows += [(_label(kind), _counted(found)) for kind, found in counts.items() if found] or [
+            ("Replaced", "nothing")
+        ]
     return rows
+
+
+def _counted(found: Any) -> str:
+    """Return how often something was counted, and where first."""
+    if not isinstance(found, Mapping):
+        return _plain(found)
+    places = found.get("places") or []
+    return number(found.get("amount")) + (f" (first at {'; '.join(map(str, places))})" if places else "")
 
 
 def model_facts(run: Run) -> Rows:
@@ -224,9 +243,12 @@ def model_facts(run: Run) -> Rows:
 
 def environment_facts(run: Run) -> Rows:
     """Return the machine and the versions that the run had."""
-    environment = run.latest("start").get("environment")
-    leaves = flat(environment) if isinstance(environment, Mapping) else {}
-    return [(_label(path), str(value) if isinstance(value, int) else _plain(value)) for path, value in leaves.items()]
+    return [(_label(path), _plain(value)) for path, value in _environment(run).items()]
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    environment = (run.latest("resume") or run.latest("start")).get("environment")
+    return flat(environment) if isinstance(environment, Mapping) else {}
 
 
 def _label(path: str) -> str:
@@ -302,7 +324,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Return the settings and surroundings in which the runs are not alike, with each run's value."""
     columns = [
         {k: v for k, v in flat(run.recipe).items() if k != "out"}
-        | {_label(k): v for k, v in flat(run.latest("start").get("environment") or {}).items()}
+        | {_label(k): v for k, v in _environment(run).items()}
         | {"Corpus SHA-256": run.result.get("corpus_sha256")}
         for run in runs
     ]
