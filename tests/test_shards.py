@@ -118,14 +118,15 @@ def test_what_was_read_stays_as_it_was(big):
     assert train.gather(np.array([0]), 100).flags.writeable
 
 
-@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (5, 4), (0, 1_600_006)])
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (5, 4), (0, 1_600_006), (1_600_000, 1_600_006)])
 def test_a_span_outside_the_stream_is_refused(big, start, stop):
     train = PreparedData.open(big).train
     assert train.num_tokens == 1_600_005
     with pytest.raises(IndexError):
         train.read(start, stop)
-    with pytest.raises(IndexError):
-        train.gather(np.array([start]), stop)
+    if start < stop:
+        with pytest.raises(IndexError):
+            train.gather(np.array([0, start]), stop - start)
 
 
 @pytest.mark.parametrize("bad", [-1, 301])
@@ -264,7 +265,7 @@ def test_a_folder_that_is_not_prepared_data_is_refused_in_one_sentence(tmp_path)
         with pytest.raises(DataError, match=message):
             PreparedData.open(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "hasten tokens", "version": 99}')
-    with pytest.raises(DataError, match="version 99.*prepare the data again"):
+    with pytest.raises(DataError, match=r"version 99.*prepare the data again"):
         PreparedData.open(tmp_path)
 
 
