@@ -22,7 +22,7 @@ from hasten.report.charts import Chart, Curve
 from hasten.report.wording import SPACE, number, seconds, short
 
 # Okabe and Ito's colours (safe for the common colour blindnesses), the light ones darkened to 3:1 on white.
-PALETTE = ("#0072b2", "#d55e00", "#00866a", "#b14a8d", "#a87400", "#4a9fd4", "#2d3138", "#7b7b0b")
+PALETTE = ("#0072b2", "#d55e00", "#00866a", "#b14a8d", "#a87400", "#3a90c5", "#2d3138", "#7b7b0b")
 INK, MUTED, GRID = "#1c1f24", "#5d6671", "#e3e6eb"
 VARIABLES = {**{colour: f"var(--c{i})" for i, colour in enumerate(PALETTE)}} | {
     INK: "var(--ink)",
