@@ -21,6 +21,7 @@ from hasten.report import write_report
 from hasten.report.charts import evaluations
 from hasten.report.curves import smooth, thin
 from hasten.report.runs import read_runs
+from hasten.report.tables import warnings
 
 RECIPE = """\
 budget = "600"
@@ -271,16 +272,11 @@ def test_whatever_a_run_wrote_is_shown_and_never_obeyed(tmp_path: Path) -> None:
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", page.source)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 3, 39, 40])
+@pytest.mark.parametrize("steps", [0, 1, 2, 40])
 def test_unfinished_run_says_how_far_it_got(tmp_path: Path, steps: int) -> None:
     said = words(page_of(make_run(tmp_path / "run", steps=steps, finished=False)))
     assert f"Not finished: no result was written, at step {steps}" in said
     assert ("No optimizer step is on record." in said) == (steps == 0)
-
-
-def test_run_with_a_recipe_alone_has_a_page(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
-    assert "Nothing to draw yet" in words(page_of(tmp_path))
 
 
 @pytest.mark.parametrize("broken_from", [1, 20])
@@ -294,20 +290,24 @@ def test_diverged_run_says_where_the_loss_was_lost(tmp_path: Path, broken_from: 
     assert ("None of the 60 recorded losses" in said) == (broken_from == 1)
 
 
-@pytest.mark.parametrize("name", ["recipe.toml", "metrics.jsonl", "events.jsonl", "result.json"])
-def test_damaged_file_is_named_and_the_rest_is_shown(tmp_path: Path, name: str) -> None:
+FILES = ("recipe.toml", "metrics.jsonl", "events.jsonl", "result.json")
+
+
+def test_damaged_files_are_named_and_the_page_gives_no_paths_away(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", steps=5)
-    (folder / name).write_bytes(b"\xff not json or toml\n{}\n")
+    for name in FILES:
+        (folder / name).write_bytes(b"\xff not json or toml\n{}\n")
     page = page_of(folder)
-    assert f"{name} could not be read and is left out" in words(page)
+    assert all(f"{name} could not be read and is left out" in words(page) for name in FILES)
     assert str(tmp_path) not in page.source
 
 
-@pytest.mark.parametrize("name", ["recipe.toml", "metrics.jsonl", "events.jsonl", "result.json"])
-def test_missing_file_leaves_a_page(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("kept", FILES)
+def test_any_file_alone_is_enough_for_a_page(tmp_path: Path, kept: str) -> None:
     folder = make_run(tmp_path / "run", steps=5)
-    (folder / name).unlink()
-    assert "report" in words(page_of(folder))
+    for name in set(FILES) - {kept}:
+        (folder / name).unlink()
+    assert "How it was done" in words(page_of(folder))
 
 
 def test_strange_values_leave_a_page(tmp_path: Path) -> None:
@@ -345,13 +345,13 @@ def test_page_goes_where_it_is_asked_to(tmp_path: Path) -> None:
 
 
 def test_clipping_that_never_acted_is_warned_of(tmp_path: Path) -> None:
-    said = words(page_of(make_run(tmp_path / "idle", steps=50, scale=0.01)))
-    assert "clip enabled, acted on 0 of 50 steps: max_norm 1 was never reached." in said
-    assert "acted on" not in words(page_of(make_run(tmp_path / "busy", steps=50)))
     off = RECIPE.replace('name = "norm"\nmax_norm = 1.0', 'name = "none"')
-    said = words(page_of(make_run(tmp_path / "off", steps=50, recipe=off, max_norm=math.inf)))
-    assert "acted on" not in said
-    assert "Clipping is off." in said
+    idle = make_run(tmp_path / "idle", steps=50, scale=0.01)
+    busy = make_run(tmp_path / "busy", steps=50)
+    without = make_run(tmp_path / "off", steps=50, recipe=off, max_norm=math.inf)
+    said = [warnings(run) for run in read_runs([idle, busy, without])]
+    assert said == [["clip enabled, acted on 0 of 50 steps: max_norm 1 was never reached."], [], []]
+    assert "Clipping is off." in words(page_of(without))
 
 
 def test_resumed_run_forgets_what_it_did_again(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def _tidy(root: Path) -> None:
         if not _STEP.fullmatch(path.stem):
             continue
         if path.suffix in (".tmp", ".gone"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         elif path.suffix == ".old" and path.with_suffix("").exists():
             _delete(path)
         elif path.suffix == ".old":

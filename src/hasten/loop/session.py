@@ -230,7 +230,13 @@ def prepare_for(recipe: Recipe, *, on_progress: Callable[[Any], None] | None = N
 
 
 def _warm_start(recipe: Recipe) -> Decoder | None:
-    return read_model(_final_folder(recipe.init_from), seq_len=recipe.lengths.seq_len) if recipe.init_from else None
+    """Return the model that ``init_from`` names, for the recipe's row length; None where it names none."""
+    if not recipe.init_from:
+        return None
+    saved = read_model(_final_folder(recipe.init_from))
+    model = Decoder(dataclasses.replace(saved.config, seq_len=recipe.lengths.seq_len), seed=recipe.seed)
+    model.load_state_dict(saved.state_dict())
+    return model
 
 
 def _final_folder(run: str) -> Path:

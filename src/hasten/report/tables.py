@@ -124,7 +124,7 @@ def bars(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def key_figures(run: Run) -> Rows:
     """Return the few numbers that sum up a run."""
     return [
-        ("Training time", seconds(run.measured("seconds"))),
+        ("Time", seconds(run.measured("seconds"))),
         ("Tokens", short(run.measured("tokens"))),
         ("Tokens per second", short(run.measured("tokens_per_second"))),
         ("Parameters", short(run.measured("params"))),
