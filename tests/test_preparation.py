@@ -250,7 +250,7 @@ def test_number_of_workers_is_checked(workers, spec):
 def test_cache_that_cannot_be_written_is_named(spec, tmp_path):
     (tmp_path / "file").touch()
     for tokenizer in ("bytes", "bpe"):
-        with pytest.raises(DataError, match="cannot be written.*HASTEN_CACHE"):
+        with pytest.raises(DataError, match=r"cannot be written.*HASTEN_CACHE"):
             prepare(spec, tokenizer=tokenizer, cache=tmp_path / "file")
 
 

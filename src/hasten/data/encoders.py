@@ -95,22 +95,29 @@ def disagrees(encode: Encode, tokenizer: Tokenizer, texts: Sequence[str]) -> boo
 def fastest(tokenizer: Tokenizer, sample: Sequence[str] = ()) -> tuple[str, Encode]:
     """Return the first of `ENCODERS` that is installed and gives the tokenizer's own ids, with its name.
 
-    Verified on `AWKWARD` and `sample`. A text on which a fast encoder fails is encoded by the tokenizer.
+    Verified on `AWKWARD` and `sample`. A text on which a fast encoder fails is encoded by the tokenizer; so is text
+    beyond ASCII when the tokenizer normalizes, because packages carry the tables of different Unicode versions
+    (kitoken 0.11 and tokenizers 0.23 compose differently).
     """
     if tokenizer.is_bytes:
         return "bytes", tokenizer.encode
+    only_ascii = bool(json.loads(tokenizer.document).get("normalizer"))
     for name, make in ENCODERS.items():
         try:
             encode = make(tokenizer)
+            if name != "tokenizers":
+                encode = _or_else(encode, tokenizer.encode, only_ascii)
             if not disagrees(encode, tokenizer, [*AWKWARD, *sample]):
-                return name, _or_else(encode, tokenizer.encode) if name != "tokenizers" else encode
+                return name, encode
         except Exception:  # not installed, or it cannot represent this tokenizer: each package has errors of its own
             continue
     return "tokenizers", tokenizer.encode
 
 
-def _or_else(encode: Encode, otherwise: Encode) -> Encode:
+def _or_else(encode: Encode, otherwise: Encode, only_ascii: bool) -> Encode:
     def safe(text: str) -> np.ndarray:
+        if only_ascii and not text.isascii():
+            return otherwise(text)
         try:
             return encode(text)
         except Exception:  # such as a limit of its regular-expression engine on a very long run
