@@ -18,6 +18,7 @@ from hasten.model import (
     count_parameters,
     flops_per_token,
     hf_config,
+    loss,
     loss_sum,
     preset,
     read_model,
@@ -288,3 +289,43 @@ def test_flops_are_six_per_weight_and_token_plus_attention():
     weights = count_parameters(config) - VOCAB * 32 - (4 * 32 + 32 + 4 * 8)  # without the embedding and the norms
     assert flops_per_token(config, 1) == 6 * weights + 6 * 2 * 32 * 2
     assert flops_per_token(config, 3) - flops_per_token(config, 1) == 6 * 2 * 32 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("num", "chunk"), [(1, 8), (7, 8), (8, 8), (9, 8), (24, 8), (5, 1)])
+def test_the_chunked_loss_equals_the_plain_one(dtype, num, chunk, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk * VOCAB)
+    generator = torch.Generator().manual_seed(num)
+    x = torch.randn(num, 16, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(VOCAB, 16, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, VOCAB, (num,), generator=generator)
+    labels[::4] = loss.NO_TARGET
+    results = []
+    for form in (loss.summed_loss, loss.plain_summed_loss):
+        value = form(x, head, labels)
+        results.append([value, *torch.autograd.grad(value / 3, [x, head])])
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    for ours, plain in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain, atol=tolerance, rtol=tolerance)
+    with torch.no_grad():
+        assert torch.equal(loss.summed_loss(x, head, labels), results[0][0])
+
+
+def test_huge_logits_give_a_finite_loss_and_nan_ones_do_not():
+    x, head, labels = torch.full((3, 4), 1e4), torch.eye(4), torch.tensor([0, 1, -100])
+    head[1] = -1.0
+    torch.testing.assert_close(loss.summed_loss(x, head, labels), loss.plain_summed_loss(x, head, labels))
+    x[0, 0] = float("nan")
+    assert loss.summed_loss(x, head, labels).isnan()
+
+
+def test_the_loss_compiles_to_the_same_number():
+    model = trained(tiny())
+    compiled = torch.compile(model, dynamic=False, backend="aot_eager")
+    value = loss_sum(compiled, tokens(), tokens(seed=1))
+    gradients = torch.autograd.grad(value, list(model.parameters()))
+    torch.testing.assert_close(value, loss_sum(model, tokens(), tokens(seed=1)))
+    expected = torch.autograd.grad(loss_sum(model, tokens(), tokens(seed=1)), list(model.parameters()))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
