@@ -138,7 +138,7 @@ class BatchChoices(Choices):
             changes speed and memory, never the sum that a step follows.
     """
 
-    tokens: Count = 8192
+    tokens: Count = 4096
     micro_rows: Count | None = None
 
 
@@ -156,7 +156,7 @@ class AdamWChoices(Choices):
     """
 
     name: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0.0, le=100.0)] = 0.002
+    lr: Annotated[float, Field(gt=0.0, le=100.0)] = 0.003
     weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.1
     betas: Annotated[
         tuple[Beta, Beta], BeforeValidator(as_tuple), Expected("a list of two numbers of at least 0 and below 1")
@@ -355,7 +355,7 @@ class EvaluateChoices(Choices):
     """
 
     every: Span = Duration.parse("10%")
-    tokens: Count = 65536
+    tokens: Count = 16384
 
 
 class CheckpointChoices(Choices):
@@ -366,7 +366,7 @@ class CheckpointChoices(Choices):
         keep: how many are kept.
     """
 
-    every: Span = Duration.parse("10%")
+    every: Span = Duration.parse("5min")
     keep: Count = 2
 
 

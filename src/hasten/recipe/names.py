@@ -38,8 +38,17 @@ class Given:
     origin: str = ON_COMMAND_LINE
 
     def __str__(self) -> str:
-        shown = self.raw if self.raw is not None else repr(self.value)
-        return printable(f"{self.name or self.key}={shown if len(shown) <= 80 else shown[:77] + '...'}")
+        return f"{one_line(self.name or self.key)}={self.shown()}"
+
+    def shown(self) -> str:
+        """Return the value as it was given, on one line and not too long."""
+        return one_line(self.raw if self.raw is not None else repr(self.value))
+
+
+def one_line(text: str) -> str:
+    """Return `text` for a message: control characters and line ends escaped, cut at 80 characters."""
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
 # Short names of our own: no note.

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from hasten.errors import RecipeError, nearest, printable
-from hasten.recipe.names import ON_COMMAND_LINE, Given
+from hasten.recipe.names import ON_COMMAND_LINE, Given, one_line
 from hasten.recipe.schema import Schema, takes
 
 if sys.version_info >= (3, 11):
@@ -229,10 +229,10 @@ def sentence(error: ValidationError, schema: Schema, layers: Sequence[Sequence[G
 
 
 def _shown(key: str, value: Any, given: Given | None) -> str:
-    text = repr(value) if given is None or given.raw is None else given.raw
-    text = text if len(text) <= 80 else text[:77] + "..."
-    name = _normal(given.name) if given else key
+    if given is None:
+        return f"{key}={one_line(repr(value))}"
+    name = _normal(given.name)
     is_short_form = key.endswith(f".{name}") or key.startswith(f"{name}.") or name == key
-    typed = "" if given is None or is_short_form or not name else f" (given as {given.name})"
-    where = "" if given is None or given.origin == ON_COMMAND_LINE else f" {given.origin}"
-    return printable(f"{key}={text}{typed}{where}")
+    typed = "" if is_short_form or not name else f" (given as {one_line(given.name)})"
+    where = "" if given.origin == ON_COMMAND_LINE else f" {given.origin}"
+    return f"{key}={replace(given, value=value).shown()}{typed}{where}"

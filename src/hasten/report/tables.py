@@ -24,6 +24,7 @@ PHASES = {
     "evaluation": "Evaluating",
     "checkpoint": "Saving checkpoints",
     "compile": "Compiling",
+    "probe": "Probing the speed",
 }
 FACT_NAMES = {
     "corpus": "Corpus",
