@@ -328,9 +328,11 @@ def _join(together: dict[str, Given], ours: list[Given], notes: list[str], known
     for name, given in together.items():
         if name in _MIN_LR:
             lr = value_of("optimizer.lr")
-            if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in (lr, given.value)) or lr <= 0:
-                raise RecipeError(f"{given}: expected a learning rate below optimizer.lr={lr!r}.")
-            _add(ours, notes, given, [("schedule.floor", given.value / lr)])
+            try:
+                floor = _number(given.value) / _number(lr)
+            except (ValueError, ArithmeticError):
+                raise RecipeError(f"{given}: expected a learning rate of at most optimizer.lr={lr!r}.") from None
+            _add(ours, notes, given, [("schedule.floor", floor)])
         elif name in ("clip_value", "gradient_clip_value"):
             both = any(g.key == "clip.max_norm" for g in ours)
             settings: Settings = [("clip.max_value", given.value)]

@@ -277,7 +277,7 @@ def _recipe_path(source: str | Path) -> Path:
     if str(source) in built_in:
         return RECIPES / f"{source}.toml"
     raise RecipeError(
-        f"There is no recipe {printable(str(source))!r}{nearest(str(source), built_in) or ':'} give a TOML file, the "
+        f"There is no recipe {printable(str(source))!r}{nearest(str(source), built_in) or '.'} Give a TOML file, the "
         f"folder of a run, or a built-in recipe ({', '.join(built_in) or 'none'})."
     )
 

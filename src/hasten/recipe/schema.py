@@ -16,8 +16,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hasten.errors import RecipeError, nearest, printable
-from hasten.recipe.names import Given
+from hasten.errors import RecipeError, nearest
+from hasten.recipe.names import Given, one_line
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Schema:
             while parent and not self.knows(parent):
                 parent = parent.rpartition(".")[0]
             if parent in self.leaves:
-                return RecipeError(f"Unknown key {given.key!r}: {parent} is a single value, not a table.")
+                return RecipeError(f"Unknown key '{one_line(given.key)}': {parent} is a single value, not a table.")
         targets = {**{key: key for key in self.leaves}, **more_names}
         for key in self.leaves:
             targets.setdefault(key.rpartition(".")[2], key)
@@ -105,7 +105,7 @@ class Schema:
             if not hint:
                 tops = sorted({key.partition(".")[0] for key in self.leaves})
                 hint = f"; the keys at the top are {', '.join(tops)}."
-        return RecipeError(f"Unknown key {printable(given.key)!r} {given.origin}{hint}")
+        return RecipeError(f"Unknown key '{one_line(given.key)}' {given.origin}{hint}")
 
 
 def _meant(hint: str, targets: Mapping[str, str]) -> str:

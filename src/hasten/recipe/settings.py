@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from hasten.errors import RecipeError, nearest, printable
+from hasten.errors import RecipeError, nearest
 from hasten.recipe.names import ON_COMMAND_LINE, Given, one_line
 from hasten.recipe.schema import Schema, takes
 
@@ -35,8 +35,8 @@ def read_toml(text: str, origin: str) -> list[Given]:
     """
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"The text {origin} is not TOML: {printable(str(error))}.") from None
+    except (ValueError, RecursionError) as error:  # Also numbers of thousands of digits, and thousands of brackets.
+        raise RecipeError(f"The text {origin} is not TOML: {one_line(str(error))}.") from None
     return read_mapping(tables, origin)
 
 
@@ -72,9 +72,9 @@ def read_overrides(overrides: Sequence[str]) -> list[Given]:
         name, equals, raw = text.partition("=")
         name, raw = name.strip(), raw.strip()
         if not equals or not name:
-            raise RecipeError(f"{printable(text)!r} is not a setting: write key=value, as in lr=3e-4 or budget=60s.")
+            raise RecipeError(f"{one_line(text)!r} is not a setting: write key=value, as in lr=3e-4 or budget=60s.")
         if not raw:
-            raise RecipeError(f"{printable(name)} has no value: write {printable(name)}=VALUE.")
+            raise RecipeError(f"{one_line(name)} has no value: write {one_line(name)}=VALUE.")
         value = _value(raw, name)
         if isinstance(value, Mapping):
             givens += [
@@ -93,15 +93,15 @@ def _normal(key: str) -> str:
 def _value(raw: str, name: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {raw}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = {}
     if set(parsed) == {"value"} and isinstance(parsed["value"], (bool, int, float, str, list, dict)):
         return parsed["value"]
     if raw.startswith("[") and raw.endswith("]") and "," in raw:
         items = ", ".join(f'"{item.strip()}"' for item in raw[1:-1].split(","))
         raise RecipeError(
-            f"{printable(f'{name}={raw}')} looks like a list but its items are not quoted: "
-            f"write {printable(f'{name}=[{items}]')} (in a shell, inside single quotes)."
+            f"{one_line(f'{name}={raw}')} looks like a list but its items are not quoted: "
+            f"write {one_line(f'{name}=[{items}]')} (in a shell, inside single quotes)."
         )
     if re.match(r"[+-]?\.?\d", raw) and _NUMBER.fullmatch(raw):  # TOML has no `.5`, `1.` or `007`.
         number = float(raw)
