@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from hasten.errors import RecipeError
 from hasten.recipe import Recipe, resolve, schema
 from hasten.recipe import names as foreign
+from hasten.recipe.recipe import RECIPES
+from hasten.recipe.settings import read_toml
 
 LEAVES = sorted(schema().leaves)
 TABLES_WITH_VARIANTS = [table for table in schema().tables if schema().has_variants(table)]
@@ -122,6 +124,13 @@ def test_the_reference_recipe_is_reproducible():
     assert recipe.budget.unit in ("steps", "tokens")
     assert recipe.model.name == "nano"
     assert recipe.data.train == "python"
+
+
+def test_the_reference_recipe_does_not_lean_on_defaults():
+    left_out = {"data.val", "data.text_key", "data.separator", "batch.micro_rows", "threads", "out", "init_from"}
+    given = {item.key for item in read_toml((RECIPES / "reference.toml").read_text(encoding="utf-8"), "in the file")}
+    keys = {key for key in LEAVES if next(iter(schema().leaves[key])) in ("", "cosine", "norm")}
+    assert keys - given == left_out | {"target_loss"}
 
 
 def test_reading_recipes_needs_no_torch():
