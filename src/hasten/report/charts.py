@@ -79,7 +79,7 @@ def noisy_curves(x: np.ndarray, y: np.ndarray, each: str = "each step") -> tuple
             f"lowest to highest of {thinned.per_bin:,} steps", thinned.x, thinned.low, "band", high=thinned.high
         )
         said = f"{len(x):,} steps are drawn as {len(thinned.x)} groups of about {thinned.per_bin:,}."
-        return [band, Curve(f"mean of {window * thinned.per_bin:,}", thinned.x, mean)], said
+        return [band, Curve(f"mean of {window * thinned.per_bin:,} steps", thinned.x, mean)], said
     if window == 1:
         return [Curve(each, x, thinned.mean, "line" if len(x) > 1 else "points")], ""
     return [Curve(each, x, thinned.mean, "faint"), Curve(f"mean of {window} steps", x, mean)], ""
@@ -109,7 +109,7 @@ def _loss(run: Run) -> Chart | None:
         "nats per token" + (", log scale" if _spans(finite, 2.0) else ""),
         _sentences(
             f"From {fixed(float(finite[0]), 2)} to {fixed(end)}"
-            + (f" (mean of the last {last} steps)." if last > 1 else ".")
+            + (f" (mean of the last {last:,} steps)." if last > 1 else ".")
             if len(finite) > 1
             else f"One step so far: {fixed(float(finite[0]))}.",
             drawn,

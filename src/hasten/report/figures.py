@@ -87,9 +87,11 @@ def _plot(axes: Any, chart: Chart) -> list[tuple[Any, str]]:
     _set_limits(axes, chart)
     for label, y in chart.references:
         axes.axhline(y, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), zorder=4)
+        below = _is_crowded(axes, chart, y, 1) and not _is_crowded(axes, chart, y, -1)
         axes.annotate(
-            f"{printable(label)} {number(y, 3)}", (0.995, y), xytext=(0, 3), xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points", ha="right", va="bottom", color=INK, parse_math=False, zorder=5,
+            f"{printable(label)} {number(y, 3)}", (0.995, y), xytext=(0, -4 if below else 3),
+            xycoords=axes.get_yaxis_transform(), textcoords="offset points", ha="right",
+            va="top" if below else "bottom", color=INK, parse_math=False, zorder=5,
         )  # fmt: skip
     _dress(axes, chart)
     return handles
@@ -112,6 +114,20 @@ def _plot_curve(axes: Any, curve: Curve) -> Any:
     )[0]
 
 
+def _is_crowded(axes: Any, chart: Chart, y: float, side: int) -> bool:
+    """Say whether a curve runs where the label of a line at `y` would stand: above (`side` 1) or below it (-1)."""
+    place = axes.transData - axes.transAxes
+    line = place.transform((axes.get_xlim()[1], y))[1]
+    if side < 0 and line < 0.1:
+        return True
+    for curve in chart.curves:
+        x, height = place.transform(np.column_stack([curve.x, curve.y])).T
+        distance = side * (height[x > 0.68] - line)
+        if ((distance > -0.01) & (distance < 0.1)).any():
+            return True
+    return False
+
+
 def _set_limits(axes: Any, chart: Chart) -> None:
     """Give the values room, and keep a few wild ones from pressing the rest flat."""
     xs = _finite([curve.x for curve in chart.curves])
@@ -124,7 +140,9 @@ def _set_limits(axes: Any, chart: Chart) -> None:
     low, high = float(values.min()), float(values.max())
     wild = _finite([y for curve in pale for y in (curve.y, curve.high) if y is not None])
     if len(wild):
-        low, high = min(low, float(np.quantile(wild, 0.005))), max(high, float(np.quantile(wild, 0.995)))
+        # A spike of the loss or of the gradients is news and stays in the frame; one slow step is not.
+        highest = np.quantile(wild, 0.995) if chart.from_zero else wild.max()
+        low, high = min(low, float(np.quantile(wild, 0.005))), max(high, float(highest))
     for _, y in chart.references:
         low, high = min(low, y), max(high, y)
     if chart.log:
@@ -218,7 +236,7 @@ def _write_png(figure: Any, axes: Any, chart: Chart, handles: list[tuple[Any, st
         for text in legend.get_texts():
             text.set_parse_math(False)
     figure.patch.set_visible(True)
-    figure.savefig(path, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+    figure.savefig(path, format="png", dpi=PNG_DPI, facecolor="white", pil_kwargs={"compress_level": 3})
 
 
 def _shortened(label: str, limit: int = 28) -> str:

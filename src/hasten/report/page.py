@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -53,7 +54,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     return page
 
 
-def _html(runs: Sequence[Run], drawn: Sequence[tuple[Chart, str]]) -> str:
+@functools.cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -62,10 +64,16 @@ def _html(runs: Sequence[Run], drawn: Sequence[tuple[Chart, str]]) -> str:
         # Whatever a run wrote is shown, never obeyed: control characters and turned writing become visible.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    here = resources.files("hasten.report")
-    template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
-    return template.render(
-        style=Markup(here.joinpath("style.css").read_text(encoding="utf-8")),
+    return environment.from_string(_own_file("page.html"))
+
+
+def _own_file(name: str) -> str:
+    return resources.files("hasten.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _html(runs: Sequence[Run], drawn: Sequence[tuple[Chart, str]]) -> str:
+    return _template().render(
+        style=Markup(_own_file("style.css")),
         version=hasten.__version__,
         charts=[
             {
