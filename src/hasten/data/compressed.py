@@ -59,10 +59,10 @@ def open_stream(
             yield stream
     except damaged as error:
         raise DataError(
-            f"{printable(name)} is damaged or cut short ({printable(str(error)) or 'early end'}); fetch it again"
+            f"{printable(name)} is damaged or cut short ({printable(str(error)) or 'early end'}); fetch it again."
         ) from error
     except OSError as error:
-        raise DataError(f"{printable(name)} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{printable(name)} cannot be read: {error.strerror or error}.") from error
 
 
 def _zstandard(name: str):
@@ -70,7 +70,7 @@ def _zstandard(name: str):
         return importlib.import_module("zstandard")
     except ImportError as error:
         raise DataError(
-            f"{printable(name)} is Zstandard-compressed, which needs one more package: pip install zstandard"
+            f"{printable(name)} is Zstandard-compressed, which needs one more package: `pip install zstandard`."
         ) from error
 
 

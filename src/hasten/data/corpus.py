@@ -50,11 +50,11 @@ class CorpusSpec:
             if isinstance(sources := getattr(self, key), str):
                 object.__setattr__(self, key, (sources,))
         if not self.train:
-            raise DataError("no training text is named; give a file, a folder or a built-in corpus")
+            raise DataError("no training text is named; give a file, a folder or a built-in corpus.")
         if not self.val and not 0 < self.val_share < 1:
-            raise DataError(f"val_share is {self.val_share}; expected a share between 0 and 1, such as 0.05")
+            raise DataError(f"val_share is {self.val_share}; expected a share between 0 and 1, such as 0.05.")
         if self.separator == "":
-            raise DataError("the separator is empty; give the text that stands between documents, or leave it out")
+            raise DataError("the separator is empty; give the text that stands between documents, or leave it out.")
 
 
 class Piece(NamedTuple):
@@ -119,7 +119,7 @@ class Corpus:
         check_records(tally)
         for side, sources in (("train", self.spec.train), ("val", self.spec.val or self.spec.train)):
             if side not in seen:
-                raise DataError(f"{printable(', '.join(sources))} holds no text; expected at least one line")
+                raise DataError(f"{printable(', '.join(sources))} holds no text; expected at least one line.")
         self.counts = tally
 
     def _assigned(self, tally: Counts) -> Iterator[tuple[Split, Piece]]:
@@ -158,7 +158,7 @@ def _find_all(sources: tuple[str, ...], skipped: Counts) -> tuple[str, list[Sour
             name, found = ("standard input" if source == "-" else source.rstrip("/").split("/")[-1]), None
             found = find_files(source, BUILTIN, skipped)
         if all(file.bytes == 0 for file in found):
-            raise DataError(f"{printable(source)} is empty; expected text")
+            raise DataError(f"{printable(source)} is empty; expected text.")
         names.append(name)
         files += found
     return ", ".join(names), files
@@ -247,7 +247,7 @@ class _ByteWatch:
         if self._bad > _MAX_BAD_BYTES * self._bytes:
             raise DataError(
                 f"{printable(self._name)} is not UTF-8 text: {self._bad} of {self._bytes} bytes are invalid or NUL; "
-                "convert it (iconv -f ENCODING -t utf-8) or leave it out"
+                "convert it (iconv -f ENCODING -t utf-8) or leave it out."
             )
 
 
@@ -287,7 +287,7 @@ def _plan_split(corpus: Corpus) -> _SplitPlan:
     if plan is None:
         raise DataError(
             f"{printable(corpus.name)} holds too little text to set a validation part aside; "
-            "give more text, or name a validation file with val="
+            "give more text, or name a validation file with data.val=FILE."
         )
     return plan
 
@@ -309,7 +309,7 @@ def _plan_for(corpus: Corpus, block: int | None, enough: float) -> tuple[_SplitP
             return _SplitPlan(block), count
     if count == 0:
         check_records(tally)
-        raise DataError(f"{printable(corpus.name)} holds no text, only white space; expected at least one line")
+        raise DataError(f"{printable(corpus.name)} holds no text, only white space; expected at least one line.")
     if len(seen) == 2:
         return _SplitPlan(block), count
     if count < 2:

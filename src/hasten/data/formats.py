@@ -156,7 +156,7 @@ def bad_records(tally: Counts) -> DataError:
     bad, read = tally.amounts[counts.BAD_RECORD], tally.records_read
     return DataError(
         f"{bad} of {read} JSON records cannot be used, more than {MAX_BAD_SHARE:.0%}: {tally.show(counts.BAD_RECORD)}; "
-        "correct them, or name the field that holds the text with text_key="
+        "correct them, or name the field that holds the text with data.text_key=KEY."
     )
 
 
@@ -227,17 +227,17 @@ def _json_stream(file: SourceFile, chunks: Iterator[str]) -> Iterator[Any]:
 
 
 def _broken(file: SourceFile, reason: str) -> DataError:
-    return DataError(f"{printable(file.name)} is not valid JSON ({printable(reason)}); correct it, or use .jsonl")
+    return DataError(f"{printable(file.name)} is not valid JSON ({printable(reason)}); correct it, or use .jsonl.")
 
 
 def _parquet(file: SourceFile, text_key: str, tally: Counts) -> Iterator[tuple[str, str]]:
     if file.name != compressed.stem(file.name):
-        raise DataError(f"{printable(file.name)} is compressed twice; Parquet compresses inside: decompress it")
+        raise DataError(f"{printable(file.name)} is compressed twice; Parquet compresses inside: decompress it.")
     try:
         arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise DataError(
-            f"{printable(file.name)} is a Parquet file, which needs one more package: pip install pyarrow"
+            f"{printable(file.name)} is a Parquet file, which needs one more package: `pip install pyarrow`."
         ) from error
     tally.on_read(file.bytes)
     try:
@@ -250,7 +250,7 @@ def _parquet(file: SourceFile, text_key: str, tally: Counts) -> Iterator[tuple[s
                     number += 1
     except (arrow.ArrowException, OSError) as error:
         reason = printable(str(error)).splitlines()[0]
-        raise DataError(f"{printable(file.name)} is not a readable Parquet file ({reason}); fetch it again") from error
+        raise DataError(f"{printable(file.name)} is not a readable Parquet file ({reason}); fetch it again.") from error
 
 
 def _check_column(file: SourceFile, schema: Any, text_key: str) -> None:
@@ -258,10 +258,10 @@ def _check_column(file: SourceFile, schema: Any, text_key: str) -> None:
         columns = ", ".join(repr(name) for name in schema.names[:8])
         raise DataError(
             f"{printable(file.name)} has no column {text_key!r} (columns: {printable(columns)})"
-            f"{nearest(text_key, schema.names)}; name the one that holds the text with text_key="
+            f"{nearest(text_key, schema.names)}; name the one that holds the text with data.text_key=KEY."
         )
     kind = str(schema.field(text_key).type)
     if kind not in ("string", "large_string", "string_view") and "values=string" not in kind:
         raise DataError(
-            f"{printable(file.name)}: column {text_key!r} holds {kind}, not text; name another with text_key="
+            f"{printable(file.name)}: column {text_key!r} holds {kind}, not text; name another with data.text_key=KEY."
         )

@@ -98,7 +98,7 @@ def prepare(
     tell = _Reporter(on_progress)
     tell.stage("reading", None)
     if workers is not None and workers < 1:
-        raise DataError(f"workers is {workers}; expected at least 1")
+        raise DataError(f"workers is {workers}; expected at least 1.")
     given = _given_tokenizer(tokenizer)
     corpus = open_corpus(spec)
     choice = f"bpe {vocab_size}" if given is None else f"{given.sha256} {given.document_token}"
@@ -114,7 +114,7 @@ def prepare(
     except OSError as error:
         raise DataError(
             f"prepared data cannot be written to {printable(str(root))} ({error.strerror or error}); "
-            "make room there, or name another folder with HASTEN_CACHE"
+            "make room there, or name another folder with HASTEN_CACHE."
         ) from error
     tell.finish("done", _sentences(data))
     return data

@@ -61,7 +61,7 @@ class SourceFile:
         except OSError:
             now = None
         if now is None or (now.st_size, now.st_mtime_ns) != (self.bytes, self.stamp):
-            raise DataError(f"{printable(self.name)} changed while it was being read; run again when it is complete")
+            raise DataError(f"{printable(self.name)} changed while it was being read; run again when it is complete.")
 
 
 def find_files(source: str, known_names: Iterable[str], skipped: Counts) -> list[SourceFile]:
@@ -82,7 +82,7 @@ def find_files(source: str, known_names: Iterable[str], skipped: Counts) -> list
     if path.is_dir():
         found = _in_folder(path, skipped)
         if not found:
-            raise DataError(f"{printable(source)} holds no text file; name a folder with text in it")
+            raise DataError(f"{printable(source)} holds no text file; name a folder with text in it.")
         return found
     if path.exists():
         _refuse_special(path, source)
@@ -90,7 +90,7 @@ def find_files(source: str, known_names: Iterable[str], skipped: Counts) -> list
         return [_hashed(path, path.name)]
     if glob.has_magic(source):
         return _matching(source, skipped)
-    raise DataError(f"{printable(source)} does not exist{_near(path, known_names)}; name a file, a folder or a glob")
+    raise DataError(f"{printable(source)} does not exist{_near(path, known_names)}; name a file, a folder or a glob.")
 
 
 def _in_folder(folder: Path, skipped: Counts) -> list[SourceFile]:
@@ -127,7 +127,7 @@ def _matching(pattern: str, skipped: Counts) -> list[SourceFile]:
         _is_text(path, name, ask=True)
         found.append(_hashed(path, Path(name).as_posix()))
     if not found:
-        raise DataError(f"{printable(pattern)} matches no file; check the pattern")
+        raise DataError(f"{printable(pattern)} matches no file; check the pattern.")
     return found
 
 
@@ -141,7 +141,7 @@ def _is_regular(path: Path) -> bool:
 def _refuse_special(path: Path, source: str) -> None:
     if not _is_regular(path):
         raise DataError(
-            f"{printable(source)} is a device, pipe or socket, not a regular file; pipe text into `-` instead"
+            f"{printable(source)} is a device, pipe or socket, not a regular file; pipe text into `-` instead."
         )
 
 
@@ -158,7 +158,7 @@ def _is_text(path: Path, name: str, *, ask: bool) -> bool:
         return False
     reason = _binary_reason(head)
     if reason and ask:
-        raise DataError(f"{printable(name)} is not text: it looks like {reason}")
+        raise DataError(f"{printable(name)} is not text: it looks like {reason}.")
     return not reason
 
 
@@ -182,7 +182,7 @@ def _hashed(path: Path, name: str) -> SourceFile:
             while block := file.read(READ_BYTES):
                 digest.update(block)
     except OSError as error:
-        raise DataError(f"{printable(name)} cannot be read: {error.strerror}") from error
+        raise DataError(f"{printable(name)} cannot be read: {error.strerror}.") from error
     return SourceFile(path, name, before.st_size, digest.hexdigest(), before.st_mtime_ns)
 
 

@@ -53,10 +53,10 @@ class Tokenizer:
         try:
             inner = tokenizers.Tokenizer.from_str(document)
         except Exception as error:  # the library raises Exception itself
-            raise DataError(f"this is not a tokenizer.json that can be read: {printable(str(error))}") from error
+            raise DataError(f"this is not a tokenizer.json that can be read: {printable(str(error))}.") from error
         token = inner.token_to_id(document_text)
         if token is None:
-            raise DataError(f"the tokenizer has no begin/end token {printable(document_text)!r}; name another one")
+            raise DataError(f"the tokenizer has no begin/end token {printable(document_text)!r}; name another one.")
         inner.encode_special_tokens = True  # "<|endoftext|>" in a document is text like any other
         inner.no_truncation()
         inner.no_padding()
@@ -164,7 +164,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
         raise DataError(
             f"vocab_size is {vocab_size}; expected {SMALLEST_VOCABULARY} (every byte and the begin/end token) "
-            f"to {LARGEST_VOCABULARY}"
+            f"to {LARGEST_VOCABULARY}."
         )
     inner = tokenizers.Tokenizer(models.BPE())
     _make_byte_level(inner)
@@ -190,18 +190,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         beside = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
         raise DataError(
             f"there is no tokenizer at {printable(str(file))}{nearest(file.name, beside)}; "
-            "name 'bytes', 'bpe', a tokenizer.json or a folder that holds one"
+            "name 'bytes', 'bpe', a tokenizer.json or a folder that holds one."
         )
     try:
         document = file.read_bytes().decode("utf-8")
         config = _read_config(file.parent)
         added = [token["content"] for token in json.loads(document).get("added_tokens", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{printable(str(file))} is not a tokenizer.json that can be read: {error!r}") from error
+        raise DataError(f"{printable(str(file))} is not a tokenizer.json that can be read: {error!r}.") from error
     stated = [_token_text(config.get(key)) for key in ("eos_token", "bos_token")]
     known = [text for text in (*stated, *_KNOWN_ENDS) if text in added]
     if not known:
-        raise DataError(f"{printable(str(file))} has no begin/end token; state eos_token in a {CONFIG_FILE} beside it")
+        raise DataError(f"{printable(str(file))} has no begin/end token; state eos_token in a {CONFIG_FILE} beside it.")
     return Tokenizer(document, known[0], config)
 
 
