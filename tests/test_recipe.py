@@ -416,6 +416,14 @@ def test_rows_become_tokens_where_the_row_length_is_given():
     assert recipe_of("global_batch_size=16", "micro_batch_size=2", "block_size=64").batch.tokens == 1024
 
 
+def test_accumulation_sets_the_micro_batch_or_is_refused():
+    step = ("global_batch_size=32", "block_size=64")
+    assert recipe_of(*step, "gradient_accumulation_steps=4").batch.micro_rows == 8
+    assert recipe_of(*step, "micro_batch_size=8", "gradient_accumulation_steps=4").batch.micro_rows == 8
+    assert "multiple" in refusal(*step, "gradient_accumulation_steps=5")
+    assert "keep two" in refusal(*step, "micro_batch_size=4", "gradient_accumulation_steps=4")
+
+
 @pytest.mark.parametrize("override", ["resume=auto", "lr_decay_iters=100", "gradient_accumulation_steps=4"])
 def test_foreign_name_without_counterpart_is_refused_with_the_reason(override):
     assert override in refusal(override)

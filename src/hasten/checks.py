@@ -15,6 +15,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -147,7 +148,7 @@ def _slowdown(precision: str) -> float:
     for dtype in (torch.float32, dtypes[precision]):
         a_TC, b_CF = torch.ones(256, 128, dtype=dtype), torch.ones(128, 384, dtype=dtype)
         torch.mm(a_TC, b_CF)
-        seconds[dtype] = statistics.median(_timed(lambda a=a_TC, b=b_CF: torch.mm(a, b)) for _ in range(5))
+        seconds[dtype] = statistics.median(_timed(partial(torch.mm, a_TC, b_CF)) for _ in range(5))
     return seconds[dtypes[precision]] / seconds[torch.float32]
 
 

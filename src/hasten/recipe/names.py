@@ -378,16 +378,25 @@ def _join_batch(batch: dict[str, Given], ours: list[Given], notes: list[str]) ->
     lengths = [g.value for g in ours if g.key == "lengths.seq_len" and isinstance(g.value, int)]
     named = step or part or accumulation
     assert named is not None
-    if (step is None and part is None) or not lengths:
+    counted = step or part
+    if counted is None or not lengths:
         raise RecipeError(
             f"{named} counts rows, and here batch.tokens is tokens per optimizer step (rows x accumulation x row "
             "length; micro-batches are found by themselves): give batch.tokens, or add the row length as seq_len=N."
         )
-    rows = step.value if step else part.value * (accumulation.value if accumulation else 1)
+    rows = counted.value * (accumulation.value if accumulation and not step else 1)
     product = " x ".join(str(g) for g in ([step] if step else [part, accumulation]) if g is not None)
     tokens = rows * lengths[-1]
     ours.append(replace(named, key="batch.tokens", value=tokens, raw=None))
     notes.append(f"{product} x seq_len={lengths[-1]} sets batch.tokens={tokens} (on one device)")
     if part is not None:
+        if step and accumulation and step.value != part.value * accumulation.value:
+            raise RecipeError(
+                f"{step} is not {part} x {accumulation}, which is what one device reads: keep two of them."
+            )
         ours.append(replace(part, key="batch.micro_rows", value=part.value, raw=None))
         notes.append(f"{part.name} sets batch.micro_rows")
+    elif accumulation:
+        if rows % accumulation.value:
+            raise RecipeError(f"{named} is not a multiple of {accumulation}: give batch.micro_rows instead.")
+        _add(ours, notes, accumulation, [("batch.micro_rows", rows // accumulation.value)])
