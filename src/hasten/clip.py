@@ -31,7 +31,14 @@ class Clip(Protocol):
 
 @dataclass(frozen=True)
 class NoClip:
-    """Leaves gradients as they are and still reports their norm."""
+    """Leaves gradients as they are and still reports their norm.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> NoClip()([weight]).norm.item(), weight.grad.tolist()
+        (5.0, [3.0, 4.0])
+    """
 
     def __call__(self, parameters: Sequence[Tensor]) -> ClipReport:
         norm = torch.nn.utils.get_total_norm(_gradients(parameters))
@@ -46,7 +53,17 @@ class ClipNorm:
     clip, decides what to do with such a step. Source: Pascanu et al., arXiv:1211.5063.
 
     Args:
-        max_norm: largest global 2-norm, above 0.
+        max_norm: largest global 2-norm, finite, above 0.
+
+    Raises:
+        RecipeError: out of range.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> report = ClipNorm(1.0)([weight])
+        >>> report.norm.item(), report.clipped.item(), round(weight.grad.norm().item(), 4)
+        (5.0, True, 1.0)
     """
 
     max_norm: float
@@ -63,10 +80,19 @@ class ClipNorm:
 class ClipValue:
     """Clamps every element of every gradient to [-max_value, max_value].
 
-    Equal to `torch.nn.utils.clip_grad_value_`.
+    Equal to `torch.nn.utils.clip_grad_value_`: an infinite element becomes `max_value`, one that is not a number stays.
 
     Args:
-        max_value: largest absolute value of an element, above 0.
+        max_value: largest absolute value of an element, finite, above 0.
+
+    Raises:
+        RecipeError: out of range.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([-3.0, 0.5])
+        >>> ClipValue(1.0)([weight]).clipped.item(), weight.grad.tolist()
+        (True, [-1.0, 0.5])
     """
 
     max_value: float
@@ -78,17 +104,28 @@ class ClipValue:
         gradients = _gradients(parameters)
         norm = torch.nn.utils.get_total_norm(gradients)
         largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-        torch.nn.utils.clip_grad_value_(parameters, self.max_value)
+        if gradients:  # torch's own fails where there is none
+            torch.nn.utils.clip_grad_value_(parameters, self.max_value)
         return ClipReport(norm, largest > self.max_value)
 
 
 @dataclass(frozen=True)
 class ClipBoth:
-    """Clamps elements first, then scales to the norm.
+    """Clamps elements first, then scales what is left to the norm: `ClipValue`, then `ClipNorm`.
 
     Args:
-        max_norm: largest global 2-norm after clamping, above 0.
-        max_value: largest absolute value of an element, above 0.
+        max_norm: largest global 2-norm after clamping, finite, above 0.
+        max_value: largest absolute value of an element, finite, above 0.
+
+    Raises:
+        RecipeError: out of range.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([-9.0, 4.0])
+        >>> report = ClipBoth(max_norm=1.0, max_value=4.0)([weight])
+        >>> [round(g, 4) for g in weight.grad.tolist()]  # clamped to (-4, 4), then to length 1
+        [-0.7071, 0.7071]
     """
 
     max_norm: float

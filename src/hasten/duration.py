@@ -5,120 +5,149 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from decimal import Decimal
+from typing import Literal, get_args
 
-from hasten.errors import RecipeError, printable
+from hasten.errors import RecipeError, nearest, printable
 
 Unit = Literal["steps", "share", "tokens", "seconds", "epochs"]
 
-_FACTORS = {
-    "tok": ("tokens", 1.0),
-    "ktok": ("tokens", 1e3),
-    "Mtok": ("tokens", 1e6),
-    "Gtok": ("tokens", 1e9),
-    "Ttok": ("tokens", 1e12),
-    "s": ("seconds", 1.0),
-    "min": ("seconds", 60.0),
-    "h": ("seconds", 3600.0),
-    "d": ("seconds", 86400.0),
-    "ep": ("epochs", 1.0),
-    "%": ("share", 0.01),
-    "": ("steps", 1.0),
-    "steps": ("steps", 1.0),
+# Decimal, because 0.07 * 100 and 8.2 * 3600 are not whole numbers in binary, and text must come back as it was.
+_FACTORS: dict[str, tuple[Unit, Decimal]] = {
+    "": ("steps", Decimal(1)),
+    "steps": ("steps", Decimal(1)),
+    "%": ("share", Decimal("0.01")),
+    "tok": ("tokens", Decimal(1)),
+    "ktok": ("tokens", Decimal(10**3)),
+    "Mtok": ("tokens", Decimal(10**6)),
+    "Gtok": ("tokens", Decimal(10**9)),
+    "Ttok": ("tokens", Decimal(10**12)),
+    "s": ("seconds", Decimal(1)),
+    "min": ("seconds", Decimal(60)),
+    "h": ("seconds", Decimal(3600)),
+    "d": ("seconds", Decimal(86400)),
+    "ep": ("epochs", Decimal(1)),
 }
-_AMBIGUOUS = {"m": "min", "M": "Mtok", "k": "ktok", "K": "ktok", "G": "Gtok", "B": "Gtok", "b": "Gtok", "T": "Ttok"}
-_TEXT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|inf)\s*([A-Za-z%]*)")
+_MULTIPLES = {"k": "ktok", "K": "ktok", "M": "Mtok", "G": "Gtok", "b": "Gtok", "B": "Gtok", "T": "Ttok"}
+_TEXT = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?|nan|inf)\s*([A-Za-z%]*)")
 EXPECTED = "2000 (steps), 5%, 20Mtok, 60s, 15min, 2h or 1ep"
 
 
 @dataclass(frozen=True)
 class Duration:
-    """A span of a run: `value` in `unit`; shares are fractions of the run (0.05 is 5 %).
+    """A span of a run: `value` in `unit`.
+
+    ``str`` gives the shortest usual text, and `parse` gives the same value back from it, bit for bit.
+
+    Args:
+        value: finite, at least 0; whole for steps and tokens. A share is a fraction: 0.05 is 5 %.
+        unit: ``steps``, ``share``, ``tokens``, ``seconds`` or ``epochs``.
+
+    Raises:
+        RecipeError: `value` or `unit` is none of these.
 
     Example:
         >>> Duration.parse("15min")
         Duration(value=900.0, unit='seconds')
-        >>> str(Duration.parse("20Mtok"))
-        '20Mtok'
+        >>> str(Duration(90.0, "seconds")), str(Duration(0.05, "share")), str(Duration(20e6, "tokens"))
+        ('1.5min', '5%', '20Mtok')
     """
 
     value: float
     unit: Unit
 
     def __post_init__(self) -> None:
-        assert math.isfinite(self.value), self.value
-        assert self.value >= 0, self.value
+        if self.unit not in get_args(Unit):
+            raise RecipeError(f"A duration has no unit {self.unit!r}; give {', '.join(get_args(Unit))}.")
+        if not 0 <= self.value < math.inf:
+            raise RecipeError(f"A span of {self.value} {self.unit} cannot be; give a finite number of at least 0.")
+        if self.unit in ("steps", "tokens") and self.value != int(self.value):
+            raise RecipeError(f"{self.value} is not a whole number of {self.unit}.")
+        object.__setattr__(self, "value", float(self.value) + 0.0)  # + 0.0: minus zero is zero
 
     @classmethod
     def parse(cls, given: str | int, *, positive: bool = False) -> Duration:
         """Return the duration that `given` says.
 
+        A bare ``15m``, ``20M`` or ``20k`` is refused: one reader sees minutes or steps where another sees tokens.
+
         Args:
-            given: a whole number of steps, or text such as ``2000``, ``5%``, ``20Mtok``, ``60s``, ``15min``, ``2h``.
+            given: a whole number of steps, or text such as ``2000``, ``5%``, ``20Mtok``, ``60s``, ``15min``, ``2h``,
+                ``1.5d``, ``0.5ep``; a space before the unit is fine.
             positive: refuse zero.
 
         Raises:
-            RecipeError: it says nothing, two things (``15m``, ``20M``), or a negative span.
+            RecipeError: it says nothing, two things, a negative or infinite span, or a part of a step or token.
         """
         text = str(given).strip()
-        shown = printable(text)
+        shown = printable(text[:60])
         match = _TEXT.fullmatch(text)
         if match is None:
             raise RecipeError(f"{shown!r} is no duration; write {EXPECTED}.")
         number, suffix = match.groups()
-        if suffix in _AMBIGUOUS:
-            other = _AMBIGUOUS[suffix]
-            readings = f"{number}min (minutes)" if other == "min" else f"{number}{other} (tokens)"
-            second = (
-                f"{number}Mtok (tokens)" if other == "min" else f"a plain number of steps ({_steps(number, other)})"
+        if suffix == "m":
+            raise RecipeError(
+                f"{shown!r} can be read in two ways; write {number}min (minutes) or {number}Mtok (million tokens)."
             )
-            raise RecipeError(f"{shown!r} can be read in two ways; write {readings} or {second}.")
+        if suffix in _MULTIPLES:
+            written = _MULTIPLES[suffix]
+            steps = _plain(Decimal(number) * _FACTORS[written][1])
+            raise RecipeError(
+                f"{shown!r} can be read in two ways; write {number}{written} (tokens) or {steps} (steps)."
+            )
         if suffix not in _FACTORS:
-            raise RecipeError(f"{shown!r} has an unknown unit {suffix!r}; write {EXPECTED}.")
+            same = [known for known in _FACTORS if known.lower() == suffix.lower()]
+            hint = f", did you mean {same[0]!r}?" if same else nearest(suffix, _FACTORS)
+            raise RecipeError(f"{shown!r} has an unknown unit {suffix!r}{hint}; write {EXPECTED}.")
         unit, factor = _FACTORS[suffix]
-        value = float(number) / 100 if unit == "share" else float(number) * factor
+        value = float(Decimal(number) * factor)
         if not math.isfinite(value) or value < 0 or (positive and value == 0):
-            raise RecipeError(f"{shown!r} is not a span {'above' if positive else 'of at least'} zero.")
+            raise RecipeError(
+                f"{shown!r} is not a span {'above' if positive else 'of at least'} zero; write {EXPECTED}."
+            )
         if unit in ("steps", "tokens") and value != int(value):
-            raise RecipeError(f"{shown!r} is not a whole number of {unit}.")
+            raise RecipeError(f"{shown!r} is not a whole number of {unit}; write {EXPECTED}.")
         return cls(value, unit)
 
     def __str__(self) -> str:
-        if self.unit == "steps":
-            return str(int(self.value))
-        if self.unit == "share":
-            return f"{float(repr(self.value)) * 100:.12g}%"
-        sizes = [(suffix, factor) for suffix, (unit, factor) in _FACTORS.items() if unit == self.unit]
-        for suffix, factor in sorted(sizes, key=lambda pair: -pair[1]):
-            number = self.value / factor
-            if number >= 1 and number == float(f"{number:.6g}") and number * factor == self.value:
-                return f"{number:.6g}{suffix}"
-        return f"{self.value!r}{sizes[0][0]}".replace(".0" + sizes[0][0], sizes[0][0])
+        exact = Decimal(repr(self.value))
+        factors = [(suffix, factor) for suffix, (unit, factor) in _FACTORS.items() if unit == self.unit]
+        for suffix, factor in sorted(factors, key=lambda pair: -pair[1]):
+            number = exact / factor
+            if number >= 1 and number * factor == exact and len(number.normalize().as_tuple().digits) <= 6:
+                return _plain(number) + suffix
+        suffix, factor = factors[0]  # the unit's own, in which every value has an exact text
+        return _plain(exact / factor) + suffix
 
     def to_steps(
         self, *, total_steps: int | None, tokens_per_step: int, steps_per_epoch: float | None = None
     ) -> int | None:
-        """Return the optimizer steps that cover this span, rounded up, at least 1; None for a span of time.
+        """Return the optimizer steps that cover this span, rounded up; 0 for an empty span, None for a span of time.
 
         Args:
             total_steps: of the run; needed for a share.
-            tokens_per_step: tokens of an optimizer step.
+            tokens_per_step: tokens of an optimizer step, at least 1.
             steps_per_epoch: steps of one pass over the data; needed for epochs.
+
+        Raises:
+            RecipeError: a share of a run, or epochs of data, of unknown length.
+
+        Example:
+            >>> Duration.parse("20ktok").to_steps(total_steps=None, tokens_per_step=8192)
+            3
         """
         if self.unit == "seconds":
             return None
-        if self.unit == "share":
-            assert total_steps is not None, "a share of a run of unknown length"
-            steps = self.value * total_steps
-        elif self.unit == "tokens":
-            steps = self.value / tokens_per_step
-        elif self.unit == "epochs":
-            assert steps_per_epoch is not None, "epochs of data of unknown length"
-            steps = self.value * steps_per_epoch
-        else:
-            steps = self.value
-        return max(1, math.ceil(steps - 1e-9))
+        if self.unit == "tokens":
+            return -(-int(self.value) // tokens_per_step)
+        per_unit = {"steps": 1, "share": total_steps, "epochs": steps_per_epoch}[self.unit]
+        if per_unit is None:
+            whole = "a run" if self.unit == "share" else "data"
+            raise RecipeError(f"{self} of {whole} of unknown length is no number of steps; give steps or tokens.")
+        steps = self.value * per_unit
+        # A product that misses a whole number by rounding alone (7 % of 100) is that number.
+        return round(steps) if math.isclose(steps, round(steps), rel_tol=1e-12) else math.ceil(steps)
 
 
-def _steps(number: str, suffix: str) -> str:
-    return f"{float(number) * _FACTORS[suffix][1]:.0f}"
+def _plain(number: Decimal) -> str:
+    return f"{number.normalize():f}" if number.is_finite() else str(number)

@@ -40,11 +40,22 @@ class Precision:
     Source: Micikevicius et al., arXiv:1710.03740.
 
     Args:
-        model: changed in place.
+        model: changed in place. Its forward must compute in the type of its matrices, and its norms in float32.
         name: ``float32``, ``bf16`` or ``fp16``.
 
     Raises:
         RecipeError: an unknown name.
+
+    Example:
+        >>> from hasten.clip import ClipNorm
+        >>> from hasten.optim import optimizer
+        >>> model = nn.Linear(4, 2, bias=False)
+        >>> precision = Precision(model, "bf16")
+        >>> adamw = optimizer(model, lr=1e-2, master=precision.master)
+        >>> precision.backward(model(torch.ones(3, 4, dtype=torch.bfloat16)).float().square().mean())
+        >>> report = precision.step(adamw, ClipNorm(1.0))
+        >>> report.skipped, model.weight.dtype, precision.master(model.weight).dtype
+        (False, torch.bfloat16, torch.float32)
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -74,7 +85,11 @@ class Precision:
         return {name: self.master(parameter) for name, parameter in self._model.named_parameters()}
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss` (scaled) to the masters' float32 gradients."""
+        """Add the gradients of `loss` (scaled) to the masters' float32 gradients.
+
+        Args:
+            loss: a scalar, already divided by what the whole optimizer step is normalised with.
+        """
         self._scaler.scale(loss).backward()
         for parameter, master in self._masters.items():
             if parameter.grad is None:
@@ -89,20 +104,32 @@ class Precision:
         """Unscale, clip, update the masters, bring the model up to date, drop the gradients.
 
         With ``fp16`` a gradient that is not finite skips the update: weights and optimizer state stay as they are and
-        the loss scale is halved.
+        the loss scale is halved. Nothing waits for the device, except that decision in ``fp16``. A parameter without
+        a gradient stays as it is.
+
+        Args:
+            optimizer: over the masters, as `hasten.optim.optimizer` builds it.
+            clip: one of `hasten.clip`; it sees the gradients unscaled.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        is_scaled = self._scaler.is_enabled() and any(p.grad is not None for p in parameters)
         scale = self._scaler.get_scale()
-        self._scaler.unscale_(optimizer) if self._scaler.is_enabled() else None
+        if is_scaled:
+            self._scaler.unscale_(optimizer)
         report = clip(parameters)
-        self._scaler.step(optimizer)
-        self._scaler.update()
-        # The scale only ever shrinks on an overflow; asking it is the one wait for the device, in fp16 alone.
-        is_skipped = self._scaler.is_enabled() and self._scaler.get_scale() < scale
+        is_skipped = is_scaled and self._overflowed(scale)
+        # Not `GradScaler.step`: with a fused optimizer it steps in any case, which gives a fresh one state for nothing.
         if not is_skipped:
+            optimizer.step()
             self.sync()
         optimizer.zero_grad(set_to_none=True)
         return StepReport(report.norm, report.clipped, is_skipped, scale)
+
+    def _overflowed(self, scale: float) -> bool:
+        """Update the loss scale and say whether this step's gradients overflowed at `scale`."""
+        self._scaler.update()
+        # Only an overflow makes it shrink. Halved often enough it is zero, where no gradient means anything any more.
+        return not 0.0 < scale <= self._scaler.get_scale()
 
     def sync(self) -> None:
         """Copy the masters into the model's compute weights."""
@@ -111,7 +138,10 @@ class Precision:
                 parameter.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loss scale's state as plain data; empty unless ``fp16``."""
+        """Return the loss scale's state as plain data; empty unless ``fp16``.
+
+        The masters are not in it: they are saved as weights, under the names of `named_masters`.
+        """
         return self._scaler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

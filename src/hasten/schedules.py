@@ -54,10 +54,10 @@ class Warmup(Schedule):
         return self.start + (1.0 - self.start) * progress / self.share
 
     def __or__(self, after: Schedule) -> Chain:
-        return Chain(self, after)
+        return Chain(self, after) if isinstance(after, Schedule) else NotImplemented
 
     def __repr__(self) -> str:
-        return f"warmup({self.share:g}, start={self.start:g})"
+        return f"warmup({self.share!r}, start={self.start!r})"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Decay(Schedule):
         return self.floor + (1.0 - self.floor) * _SHAPES[self.name](min(max(progress, 0.0), 1.0))
 
     def __repr__(self) -> str:
-        return f"{self.name}(floor={self.floor:g})"
+        return f"{self.name}(floor={self.floor!r})"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Constant(Schedule):
         return self.value
 
     def __repr__(self) -> str:
-        return f"constant({self.value:g})"
+        return f"constant({self.value!r})"
 
 
 _SHAPES: dict[str, Callable[[float], float]] = {
@@ -141,12 +141,35 @@ def cosine(floor: float = 0.01) -> Decay:
     """Return half a cosine from 1 to `floor`: ``floor + (1 - floor) * (1 + cos(pi * x)) / 2``.
 
     Source: Loshchilov & Hutter, arXiv:1608.03983, without restarts.
+
+    Args:
+        floor: factor of the peak at the end, in [0, 1].
+
+    Raises:
+        RecipeError: out of range.
+
+    Example:
+        >>> cosine(floor=0.1)(0.5)
+        0.55
     """
     return _decay("cosine", floor)
 
 
 def linear(floor: float = 0.01) -> Decay:
-    """Return a straight line from 1 to `floor`: ``floor + (1 - floor) * (1 - x)``. Source: arXiv:2310.07831."""
+    """Return a straight line from 1 to `floor`: ``floor + (1 - floor) * (1 - x)``.
+
+    Source: Defazio et al., arXiv:2310.07831 (there to zero).
+
+    Args:
+        floor: factor of the peak at the end, in [0, 1].
+
+    Raises:
+        RecipeError: out of range.
+
+    Example:
+        >>> linear(floor=0.0)(0.75)
+        0.25
+    """
     return _decay("linear", floor)
 
 
@@ -154,12 +177,33 @@ def sqrt(floor: float = 0.01) -> Decay:
     """Return the square-root decay from 1 to `floor`: ``floor + (1 - floor) * (1 - sqrt(x))``.
 
     Source: Haegele et al., arXiv:2405.18392 (their cool-down "1-sqrt"), here over the whole run.
+
+    Args:
+        floor: factor of the peak at the end, in [0, 1].
+
+    Raises:
+        RecipeError: out of range.
+
+    Example:
+        >>> sqrt(floor=0.0)(0.25)
+        0.5
     """
     return _decay("sqrt", floor)
 
 
 def constant(value: float = 1.0) -> Constant:
-    """Return a schedule that is `value` throughout."""
+    """Return a schedule that is `value` throughout.
+
+    Args:
+        value: factor of the peak, finite, at least 0.
+
+    Raises:
+        RecipeError: out of range.
+
+    Example:
+        >>> constant()(0.3)
+        1.0
+    """
     _check("constant", value, high=math.inf)
     return Constant(value)
 
@@ -199,6 +243,7 @@ class Progress:
         assert self.knots[0] == (0, 0.0), self.knots
         assert self.knots[-1][1] == 1.0, self.knots
         assert all(a < b for a, b in pairwise(steps)), self.knots
+        assert all(low < high for (_, low), (_, high) in pairwise(self.knots)), self.knots
 
     @property
     def total_steps(self) -> int:
@@ -208,13 +253,18 @@ class Progress:
     def __call__(self, step: int) -> float:
         """Return the progress before optimizer step `step` (counted from 0); 1 from the last one on."""
         for (left, low), (right, high) in pairwise(self.knots):
-            if step <= right:
+            if step < right:  # a knot is the left end of the next piece: its progress comes back exactly
                 return low + (high - low) * (step - left) / (right - left)
         return 1.0
 
     def replanned(self, step: int, total_steps: int) -> Progress:
-        """Return the map that keeps everything up to `step` and reaches 1 at `total_steps` instead."""
-        assert step < total_steps, (step, total_steps)
+        """Return the map that keeps everything up to `step` and reaches 1 at `total_steps` instead.
+
+        Args:
+            step: optimizer steps done; before the end of the old plan and of the new one.
+            total_steps: of the new plan.
+        """
+        assert 0 <= step < min(total_steps, self.total_steps), (step, total_steps, self.total_steps)
         before = tuple(knot for knot in self.knots if knot[0] < step)
         return Progress((*before, (step, self(step)), (total_steps, 1.0)))
 
@@ -231,11 +281,29 @@ class Progress:
 def as_lr_scheduler(optimizer: Optimizer, schedule: Schedule, total_steps: int) -> LRScheduler:
     """Return a `torch` learning-rate scheduler that follows `schedule` over `total_steps` calls of ``step()``.
 
-    Each parameter group keeps its own peak (its ``initial_lr``), so ratios between groups stay. `state_dict` holds
-    only the position, because the schedule is a pure function.
+    ``lr = initial_lr * schedule(step / total_steps)``. Each parameter group keeps its own peak (its ``initial_lr``), so
+    ratios between groups stay. `state_dict` holds only the position, because the schedule is a pure function.
+
+    Args:
+        optimizer: any `torch` optimizer; its groups' ``lr`` are the peaks.
+        schedule: of factors.
+        total_steps: optimizer steps of the whole run, at least 1; later steps stay at the schedule's end.
 
     Raises:
         RecipeError: `total_steps` is below 1.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+        >>> scheduler = as_lr_scheduler(optimizer, linear(floor=0.0), total_steps=4)
+        >>> rates = []
+        >>> for _ in range(4):
+        ...     rates.append(scheduler.get_last_lr()[0])
+        ...     optimizer.step()
+        ...     scheduler.step()
+        >>> rates
+        [0.5, 0.375, 0.25, 0.125]
     """
     from torch.optim.lr_scheduler import LRScheduler
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -30,13 +31,13 @@ def optimizer(
     Args:
         model: any module; see `parameter_groups` for what goes where.
         name: a key of `OPTIMIZERS`.
-        lr: peak learning rate, above 0; every group also keeps it as ``initial_lr`` for schedules.
-        weight_decay: decoupled decay of the matrices, at least 0.
+        lr: peak learning rate, finite, above 0; every group also keeps it as ``initial_lr`` for schedules.
+        weight_decay: decoupled decay of the matrices, finite, at least 0.
         master: the float32 weights behind a parameter, where the model computes in another format.
         **settings: the optimizer's own, such as ``betas`` and ``eps``.
 
     Raises:
-        RecipeError: an unknown name, or a setting out of range.
+        RecipeError: an unknown name or setting, or a setting out of range.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
@@ -45,9 +46,14 @@ def optimizer(
     """
     if name not in OPTIMIZERS:
         raise RecipeError(f"optimizer={name!r} is unknown{nearest(name, OPTIMIZERS)}; give {', '.join(OPTIMIZERS)}.")
-    for setting, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not 0.0 <= value < float("inf"):
-            raise RecipeError(f"optimizer.{setting}={value} is out of range; give a finite number of at least 0.")
+    known = sorted(set(inspect.signature(OPTIMIZERS[name]).parameters) - {"groups"} | {"weight_decay"})
+    for setting in settings:
+        if setting not in known:
+            raise RecipeError(
+                f"optimizer.{setting} is no setting of {name}{nearest(setting, known)}; it has {', '.join(known)}."
+            )
+    if not 0.0 < lr < float("inf"):
+        raise RecipeError(f"optimizer.lr={lr} is out of range; give a finite number above 0.")
     groups = parameter_groups(model, weight_decay=weight_decay, master=master)
     built = OPTIMIZERS[name](groups, lr=lr, **settings)
     for group in built.param_groups:

@@ -23,15 +23,21 @@ def adamw(
         groups: from `parameter_groups`.
         lr: peak learning rate.
         betas: decay rates of the first and second moment, each in [0, 1).
-        eps: added to the denominator, at least 0.
+        eps: added to the denominator, finite, at least 0.
 
     Raises:
         RecipeError: a setting out of range.
+
+    Example:
+        >>> from hasten.optim.groups import parameter_groups
+        >>> built = adamw(parameter_groups(torch.nn.Linear(2, 2), weight_decay=0.1), lr=1e-3)
+        >>> [(group["name"], group["weight_decay"], group["betas"]) for group in built.param_groups]
+        [('matrices', 0.1, (0.9, 0.95)), ('vectors', 0.0, (0.9, 0.95))]
     """
-    if not all(0.0 <= beta < 1.0 for beta in betas):
-        raise RecipeError(f"optimizer.betas={tuple(betas)} are out of range; each lies in [0, 1).")
-    if not eps >= 0.0:
-        raise RecipeError(f"optimizer.eps={eps} is out of range; give at least 0.")
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise RecipeError(f"optimizer.betas={tuple(betas)} are out of range; give two numbers in [0, 1).")
+    if not 0.0 <= eps < float("inf"):
+        raise RecipeError(f"optimizer.eps={eps} is out of range; give a finite number of at least 0.")
     parameters = [parameter for group in groups for parameter in group["params"]]
     can_fuse = all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters)
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=can_fuse)
