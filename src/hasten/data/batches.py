@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.data.order import order_key, permuted
-from hasten.data.packing import ChunkedRows
+from hasten.data.order import EndlessOrder
+from hasten.data.packing import ChunkedRows, Rows
 from hasten.data.shards import TokenShards
 from hasten.errors import DataError
 
@@ -72,7 +72,8 @@ class PackedBatches:
     ) -> None:
         assert rows_per_step >= 1, rows_per_step
         assert micro_rows >= 1, micro_rows
-        self.rows = ChunkedRows(shards, seq_len)
+        self.rows: Rows = ChunkedRows(shards, seq_len)
+        self.order = EndlessOrder(self.rows.num_rows, seed=seed, purpose="rows")
         self.seq_len = seq_len
         self.rows_per_step = rows_per_step
         self.micro_rows = micro_rows
@@ -91,36 +92,28 @@ class PackedBatches:
         """Optimizer steps of an epoch; seldom a whole number."""
         return self.num_rows / self.rows_per_step
 
-    def row_numbers(self, row: int, count: int) -> np.ndarray:
-        """Return the stored row numbers at the places ``row, ..., row + count - 1`` of the endless order."""
-        places = np.arange(row, row + count)
-        epochs = places // self.num_rows
-        numbers = np.empty(count, np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = epochs == epoch
-            key = order_key(self.seed, epoch, "rows")
-            numbers[here] = permuted(places[here] % self.num_rows, self.num_rows, key)
-        return numbers
-
     def take(self, row: int) -> list[Batch]:
         """Return the micro-batches of the optimizer step that begins at row `row` of the endless order.
 
-        Fresh tensors at every call: a caller may keep or change them.
+        Fresh tensors at every call: a caller may keep or change them. Those of one call share their memory.
         """
-        numbers = self.row_numbers(row, self.rows_per_step)
-        batches = []
-        for begin in range(0, self.rows_per_step, self.micro_rows):
-            batches.append(self._batch(numbers[begin : begin + self.micro_rows]))
-        return batches
-
-    def _batch(self, numbers: np.ndarray) -> Batch:
-        tokens_BT = np.empty((len(numbers), self.seq_len), np.int64)
-        labels_BT = np.empty_like(tokens_BT)
-        num_targets = self.rows.fill(numbers, tokens_BT, labels_BT)
-        ids = None
+        numbers = self.order.at(row, self.rows_per_step)
+        tokens_RT = np.empty((self.rows_per_step, self.seq_len), np.int64)
+        labels_RT = np.empty_like(tokens_RT)
+        targets_R = self.rows.fill(numbers, tokens_RT, labels_RT)
+        ids_RT = None
         if self._document_mask:
-            ids = torch.from_numpy(np.cumsum(tokens_BT == self._document_token, axis=1, dtype=np.int32))
-        return Batch(torch.from_numpy(tokens_BT), torch.from_numpy(labels_BT), ids, num_targets)
+            ids_RT = np.cumsum(tokens_RT == self._document_token, axis=1, dtype=np.int32)
+        cuts = [slice(begin, begin + self.micro_rows) for begin in range(0, self.rows_per_step, self.micro_rows)]
+        return [
+            Batch(
+                torch.from_numpy(tokens_RT[cut]),
+                torch.from_numpy(labels_RT[cut]),
+                None if ids_RT is None else torch.from_numpy(ids_RT[cut]),
+                int(targets_R[cut].sum()),
+            )
+            for cut in cuts
+        ]
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of one optimizer step after the other, from where the state says, without end."""
@@ -140,6 +133,6 @@ class PackedBatches:
             DataError: it is no position.
         """
         row = state.get("row")
-        if not isinstance(row, int) or row < 0:
+        if type(row) is not int or row < 0:
             raise DataError(f"A position in the data is a row number of at least 0; got {row!r}.")
         self._row = row

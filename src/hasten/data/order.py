@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
-ROUNDS = 6
+# With 6 rounds, permutations of 5 to 16 numbers show a bias (chi-squared 15 to 38 sigma off); with 8, none does.
+ROUNDS = 8
+# Places of the endless order that are computed together: one vectorised call for many small steps.
+BLOCK_PLACES = 4096
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_WORD = (1 << 64) - 1
+
+
+class EndlessOrder:
+    """Numbers 0 to `size` - 1 without end: every number once in each epoch, each epoch in another order.
+
+    A pure function of its arguments, so any place can be asked for at any time, at the same cost.
+
+    Args:
+        size: numbers of an epoch, at least 1.
+        seed: any whole number.
+        purpose: keeps orders of different things with one seed apart.
+
+    Example:
+        >>> order = EndlessOrder(3, seed=0, purpose="rows")
+        >>> sorted(order.at(0, 3).tolist()), sorted(order.at(3, 3).tolist())
+        ([0, 1, 2], [0, 1, 2])
+    """
+
+    def __init__(self, size: int, *, seed: int, purpose: str) -> None:
+        self.size, self.seed, self.purpose = size, seed, purpose
+
+    def at(self, place: int, count: int) -> np.ndarray:
+        """Return the numbers at places ``place, ..., place + count - 1``, int64; `place` at least 0."""
+        first, last = place // BLOCK_PLACES, (place + max(count, 1) - 1) // BLOCK_PLACES
+        blocks = [_block(self.size, self.seed, self.purpose, number) for number in range(first, last + 1)]
+        whole = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        return whole[place - first * BLOCK_PLACES :][:count]
 
 
 def order_key(seed: int, epoch: int, purpose: str) -> int:
     """Return 64 bits that depend on all three arguments; sums such as ``seed + epoch`` would collide."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    digest = hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
-def permuted(indexes: np.ndarray, size: int, key: int) -> np.ndarray:
+def permuted(indexes: np.ndarray, size: int, keys: int | np.ndarray) -> np.ndarray:
     """Return where a keyed random permutation of ``range(size)`` sends `indexes`.
 
     A Feistel network over the smallest even number of bits that holds `size`, walked until the value is inside: a
@@ -24,43 +58,48 @@ def permuted(indexes: np.ndarray, size: int, key: int) -> np.ndarray:
     Args:
         indexes: any shape, ``0 <= index < size``.
         size: of the permutation, 1 to 2**62.
-        key: 64 bits, from `order_key`.
+        keys: 64 bits, from `order_key`; or one for each index, as uint64 of the same shape.
 
     Returns:
         int64 of the same shape.
 
     Example:
-        >>> sorted(permuted(np.arange(5), 5, key=7).tolist())
+        >>> sorted(permuted(np.arange(5), 5, keys=7).tolist())
         [0, 1, 2, 3, 4]
     """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    keys = _round_keys(key)
-    values = _mix(np.asarray(indexes).astype(np.uint64), half, keys)
-    outside = values >= size
-    while outside.any():
-        values[outside] = _mix(values[outside], half, keys)
-        outside = values >= size
-    return values.astype(np.int64)
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    shape = np.shape(indexes)
+    values = np.asarray(indexes).astype(np.uint64).reshape(-1)
+    keys = np.asarray(keys, np.uint64).reshape(-1)
+    rounds = [_scrambled(keys, (number + 1) * _GOLDEN & _WORD) for number in range(ROUNDS)]
+    values = _mixed(values, half, rounds)
+    while len(outside := np.flatnonzero(values >= np.uint64(size))):
+        values[outside] = _mixed(values[outside], half, [key if len(key) == 1 else key[outside] for key in rounds])
+    return values.astype(np.int64).reshape(shape)
 
 
-def _round_keys(key: int) -> np.ndarray:
-    text = key.to_bytes(8, "little")
-    digests = (hashlib.blake2b(text, digest_size=8, salt=bytes([number])).digest() for number in range(ROUNDS))
-    return np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
+@lru_cache(maxsize=16)
+def _block(size: int, seed: int, purpose: str, number: int) -> np.ndarray:
+    places = np.arange(number * BLOCK_PLACES, (number + 1) * BLOCK_PLACES)
+    epochs, indexes = np.divmod(places, size)
+    first = int(epochs[0])
+    keys = np.array([order_key(seed, epoch, purpose) for epoch in range(first, int(epochs[-1]) + 1)], np.uint64)
+    numbers = permuted(indexes, size, keys if len(keys) == 1 else keys[epochs - first])
+    numbers.flags.writeable = False
+    return numbers
 
 
-def _mix(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
+def _mixed(values: np.ndarray, half: int, rounds: list[np.ndarray]) -> np.ndarray:
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     left, right = values >> shift, values & mask
-    for key in keys:
+    for key in rounds:
         left, right = right, left ^ (_scrambled(right, key) & mask)
     return (left << shift) | right
 
 
-def _scrambled(values: np.ndarray, key: np.uint64) -> np.ndarray:
+def _scrambled(values: np.ndarray, key: int | np.ndarray) -> np.ndarray:
     """Return `values` hashed with `key`: the finaliser of splitmix64 (Steele et al., 2014), modulo 2**64."""
-    with np.errstate(over="ignore"):
-        z = values + key
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = values + np.asarray(key, np.uint64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

@@ -9,25 +9,27 @@ import numpy as np
 from hasten.data.shards import TokenShards
 from hasten.errors import DataError
 
-NO_TARGET = -100
+NO_TARGET = -100  # what `torch.nn.functional.cross_entropy` ignores
 
 
 class Rows(Protocol):
-    """Rows of a stream: a number of them, and their inputs and labels by row number."""
+    """Rows of a stream: how many there are, and inputs and labels by row number."""
 
     num_rows: int
+    seq_len: int
 
-    def fill(self, row_numbers: np.ndarray, tokens_out: np.ndarray, labels_out: np.ndarray) -> int:
-        """Write rows into ``(len(row_numbers), seq_len)`` int64 arrays; return how many labels are real targets."""
+    def fill(self, row_numbers_R: np.ndarray, tokens_RT: np.ndarray, labels_RT: np.ndarray) -> np.ndarray:
+        """Write rows into int64 arrays of shape ``(R, seq_len)``; return each row's number of real targets."""
         ...
 
 
 class ChunkedRows:
     """Concat-and-chunk: the stream cut every `seq_len` tokens.
 
-    Row r has the inputs ``stream[r*T : r*T + T]`` and the labels one token further. Every token is an input once, and
-    a target once but for the very first. The label at a document's end is the token that begins the next one: that
-    is how a model learns to end. The last row may be short; it is filled up with the document token, without targets.
+    Row r has the inputs ``stream[r*T : r*T + T]`` and the labels one token further. Every token is an input once and,
+    but for the very first, a target once; the last token has nothing after it to predict, so it gets no row of its
+    own. The label at a document's end is the token that begins the next one: that is how a model learns to end. A
+    last row that is short is filled up with the document token, without targets; no row is without any.
 
     Args:
         shards: a stream of at least two tokens.
@@ -48,17 +50,18 @@ class ChunkedRows:
         self.num_targets = shards.num_tokens - 1
         self.num_rows = -(-self.num_targets // seq_len)
 
-    def fill(self, row_numbers: np.ndarray, tokens_out: np.ndarray, labels_out: np.ndarray) -> int:
-        """Write the rows and return the number of their real targets. Shapes: (R,), (R, T), (R, T)."""
-        num_real = 0
-        for place, row in enumerate(row_numbers.tolist()):
-            begin = row * self.seq_len
-            span = self._shards.read(begin, min(begin + self.seq_len + 1, self._shards.num_tokens))
-            length = len(span) - 1
-            tokens_out[place, :length] = span[:-1]
-            labels_out[place, :length] = span[1:]
-            if length < self.seq_len:
-                tokens_out[place, length:] = self._shards.document_token
-                labels_out[place, length:] = NO_TARGET
-            num_real += length
-        return num_real
+    def fill(self, row_numbers_R: np.ndarray, tokens_RT: np.ndarray, labels_RT: np.ndarray) -> np.ndarray:
+        """Write rows into int64 arrays of shape ``(R, seq_len)``; return each row's number of real targets."""
+        starts_R = row_numbers_R * self.seq_len
+        targets_R = np.minimum(self.seq_len, self.num_targets - starts_R)
+        is_whole_R = targets_R == self.seq_len
+        whole = slice(None) if is_whole_R.all() else np.flatnonzero(is_whole_R)
+        spans = self._shards.gather(starts_R[whole], self.seq_len + 1)
+        tokens_RT[whole], labels_RT[whole] = spans[:, :-1], spans[:, 1:]
+        if not is_whole_R.all():
+            short_R = np.flatnonzero(~is_whole_R)
+            tail = self._shards.read((self.num_rows - 1) * self.seq_len, self._shards.num_tokens)
+            tokens_RT[short_R], labels_RT[short_R] = self._shards.document_token, NO_TARGET
+            tokens_RT[short_R, : len(tail)] = tail
+            labels_RT[short_R, : len(tail) - 1] = tail[1:]
+        return targets_R

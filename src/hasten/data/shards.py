@@ -145,15 +145,23 @@ class TokenShards:
 
         The same tokens as R calls of `read`, in one gather per shard.
         """
-        if len(starts_R) and not 0 <= starts_R.min() <= starts_R.max() <= self.num_tokens - length:
-            raise IndexError(f"spans of {length} tokens from {starts_R.min()} to {starts_R.max()} of {self.num_tokens}")
-        first_R = np.searchsorted(self._bounds, starts_R, side="right") - 1
+        if not len(starts_R):
+            return np.empty((0, length), self._dtype)
+        lowest, highest = int(starts_R.min()), int(starts_R.max())
+        if lowest < 0 or highest > self.num_tokens - length:
+            raise IndexError(f"spans of {length} tokens from {lowest} to {highest} of a stream of {self.num_tokens}")
+        first_R = self._bounds.searchsorted(starts_R, side="right") - 1
         whole_R = starts_R + length <= self._bounds[first_R + 1]
+        numbers, is_whole = set(first_R.tolist()), bool(whole_R.all())
+        if is_whole and len(numbers) == 1:
+            number = numbers.pop()
+            return self._shards[number].spans(starts_R - self._bounds[number], length)
         spans_RL = np.empty((len(starts_R), length), self._dtype)
-        for number in np.unique(first_R[whole_R]):
+        for number in numbers:
             here = np.flatnonzero(whole_R & (first_R == number))
-            spans_RL[here] = self._shards[number].spans(starts_R[here] - self._bounds[number], length)
-        for row in np.flatnonzero(~whole_R):
+            if len(here):
+                spans_RL[here] = self._shards[number].spans(starts_R[here] - self._bounds[number], length)
+        for row in () if is_whole else np.flatnonzero(~whole_R):
             spans_RL[row] = self.read(int(starts_R[row]), int(starts_R[row]) + length)
         return spans_RL
 
