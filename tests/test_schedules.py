@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from hasten.errors import RecipeError
@@ -220,6 +222,13 @@ def test_many_new_plans_rise_from_zero_to_one():
     assert values[0] == 0.0
     assert values[-1] == 1.0
     assert all(low < high for low, high in pairwise(values))
+
+
+@given(st.lists(st.floats(0.001, 0.999), min_size=1, max_size=5, unique=True))
+def test_progress_at_a_knot_is_the_knots_exactly(values):
+    knots = ((0, 0.0), *((7 * (i + 1), value) for i, value in enumerate(sorted(values))), (50, 1.0))
+    progress = Progress(knots)
+    assert [(step, progress(step)) for step, _ in knots] == list(knots)
 
 
 def test_progress_comes_back_from_json_exactly():
