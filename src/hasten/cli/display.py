@@ -24,7 +24,7 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._live: Live | None = None
-        self._printed = 0.0
+        self._printed = time.monotonic()
         self._validation = ""
         self._pace: tuple[float, float] | None = None
         self._budget: float | None = None
@@ -86,8 +86,8 @@ class Display:
 
     def _on_step(self, step: int, values: dict[str, Any]) -> None:
         is_due = time.monotonic() - self._printed >= PLAIN_EVERY
-        if self.console.is_terminal or is_due:
-            self._line(Text(self._describe_step(step, values)))
+        if self.console.is_terminal or is_due or step == 1:
+            self._line(Text(self._describe_step(step, values)), is_first=step == 1)
 
     def _describe_step(self, step: int, values: dict[str, Any]) -> str:
         parts = [
@@ -166,7 +166,7 @@ class Display:
 
     # --- the line ----------------------------------------------------------------------------------------------
 
-    def _line(self, text: Text) -> None:
+    def _line(self, text: Text, *, is_first: bool = False) -> None:
         """Redraw the live line in a terminal; elsewhere print a line now and then."""
         if self.console.is_terminal:
             if self._live is None:
@@ -176,7 +176,7 @@ class Display:
             if time.monotonic() - self._printed >= 0.1:
                 self._live.update(text, refresh=True)
                 self._printed = time.monotonic()
-        elif time.monotonic() - self._printed >= PLAIN_EVERY:
+        elif is_first or time.monotonic() - self._printed >= PLAIN_EVERY:
             self._printed = time.monotonic()
             self._print(text)
 
