@@ -1,6 +1,6 @@
 """What batches cost: tokens collated per CPU-second from memory-mapped shards, by shape of the step.
 
-    python benchmarks/bench_loader.py [--tokens 64000000] [--seconds 2] [--repeats 5] [--out result.json]
+    python benchmarks/bench_loader.py [--tokens 64000000] [--seconds 1] [--repeats 5] [--out result.json]
 
 Every token counted is an input with its label and, with the mask, its document number, as int64, int64 and int32
 tensors in a shuffled order. Shapes are measured in turn, `--repeats` times over, and the median is reported; the first
