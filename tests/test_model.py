@@ -23,6 +23,8 @@ from hasten.model import (
     preset,
     read_model,
 )
+from hasten.model.decoder import RMSNorm
+from hasten.precision import Precision
 
 VOCAB, LENGTH = 97, 32
 
@@ -171,6 +173,70 @@ def test_low_precision_matrices_give_low_precision_activations_and_a_float32_los
     assert loss.dtype == torch.float32
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     torch.testing.assert_close(loss, exact, atol=0, rtol=0.02)
+
+
+def bytes_kept_for_backward(name: str, precision: str, tied: bool) -> int:
+    model = Decoder(preset(name, vocab_size=512, seq_len=64, num_layers=2, tied=tied), seed=0)
+    Precision(model, precision)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    rows, kept = tokens(length=65), {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_sum(model, rows[:, :-1], rows[:, 1:], torch.zeros(2, 64, dtype=torch.int32))
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["nano", "micro"])
+def test_low_precision_keeps_about_half_the_bytes_for_the_backward_pass(name, tied, precision):
+    full = bytes_kept_for_backward(name, "float32", tied)
+    assert bytes_kept_for_backward(name, precision, tied) <= 0.55 * full
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_weights_take_about_half_the_bytes(precision):
+    model = Decoder(preset("micro", vocab_size=512, seq_len=64), seed=0)
+    before = sum(parameter.nbytes for parameter in model.parameters())
+    Precision(model, precision)
+    assert sum(parameter.nbytes for parameter in model.parameters()) <= 0.55 * before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_dtype", ["float32 weight", "low-precision weight"])
+def test_the_widening_norm_equals_the_plain_one(dtype, weight_dtype):
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(16, eps=1e-6).to(torch.float32 if weight_dtype == "float32 weight" else dtype)
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * torch.randn(16, generator=generator))
+    x = torch.randn(3, 5, 16, generator=generator).to(dtype)
+    x[0, 0] = 0.0  # eps alone divides
+    x.requires_grad_()
+    grad = 1e-2 * torch.randn(3, 5, 16, generator=generator)
+    plain = torch.nn.functional.rms_norm(x.float(), (16,), norm.weight.float(), 1e-6)
+    ours = norm.widened(x)
+    assert torch.equal(ours, plain)
+    results = (torch.autograd.grad(form, [x, norm.weight], grad) for form in (ours, plain))
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        exact = one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-5 if exact else 2e-2, atol=1e-7 if exact else 1e-4)
+
+
+def test_low_precision_compiles_to_the_same_gradients():
+    model = trained(tiny(num_layers=1))
+    Precision(model, "bf16")
+    compiled = torch.compile(model, dynamic=False, backend="aot_eager")
+    results = []
+    for form in (compiled, model):
+        value = loss_sum(form, tokens(), tokens(seed=1))
+        results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-2, atol=1e-2 * plain.abs().max().item())
 
 
 def test_float64_stays_float64():

@@ -10,12 +10,13 @@ D head dimension, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hasten.model.loss import summed_loss, widen
+from hasten.model.loss import summed_loss
 from hasten.model.shape import ModelConfig
 
 
@@ -110,8 +111,33 @@ class RMSNorm(nn.Module):
 
     def widened(self, x: Tensor) -> Tensor:
         """Return the norm without rounding it back to the type of `x`."""
-        wide = widen(x)
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps)
+        if x.dtype.itemsize < 4:
+            return _WideningNorm.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class _WideningNorm(torch.autograd.Function):
+    """The float32 norm of a low-precision input, which is all that is kept for the backward pass.
+
+    Autograd would keep the widened copy: a bf16 model's activations took 0.66 of the float32 bytes with it, 0.43
+    without. The plain form is `F.rms_norm(x.float(), ...)`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+        unit, grad_unit = wide * scale, grad * weight.float()
+        grad_x = scale * (grad_unit - unit * (grad_unit * unit).mean(-1, keepdim=True))
+        grad_weight = (grad * unit).flatten(0, -2).sum(0)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class Attention(nn.Module):
