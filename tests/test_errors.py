@@ -31,7 +31,10 @@ def test_nothing_is_offered_where_nothing_is_near(name):
 
 @pytest.mark.parametrize(
     "character",
-    ["\x00", "\x07", "\x08", "\r", "\x1b", "\x7f", "\x9b", "\u202e", "\u2066", "\u200f", "\ud800"],
+    [
+        *("\x00", "\x07", "\x08", "\r", "\x1b", "\x7f", "\x85", "\x9b", "\ud800"),
+        *("\u2028", "\u2029", "\u061c", "\u200f", "\u202e", "\u2066"),
+    ],
 )
 def test_what_drives_a_terminal_is_escaped(character):
     shown = printable(f"a{character}b")

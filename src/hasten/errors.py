@@ -49,8 +49,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def printable(text: str) -> str:
     r"""Return `text` with control characters escaped, so that no file or setting can drive a terminal.
 
-    Newlines and tabs stay. Everything else that moves a cursor, changes a colour or reverses the direction
-    of writing becomes its escape.
+    Newlines and tabs stay. Everything else that moves a cursor, changes a colour, breaks a line or turns the
+    direction of writing becomes its escape.
 
     Example:
         >>> printable("red \x1b[31m")
@@ -62,5 +62,6 @@ def printable(text: str) -> str:
 def _is_plain(character: str) -> bool:
     code = ord(character)
     is_control = code < 0x20 or 0x7F <= code <= 0x9F or 0xD800 <= code <= 0xDFFF
-    turns_direction = 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x200E, 0x200F)
-    return not (is_control or turns_direction)
+    breaks_line = code in (0x2028, 0x2029)
+    turns_direction = 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x061C, 0x200E, 0x200F)
+    return not (is_control or breaks_line or turns_direction)
