@@ -49,6 +49,21 @@ def test_a_tied_head_is_an_embedding_once():
     assert len(groups["matrices"]) == 7
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_of_a_transformers_llama_is_in_the_group_of_its_kind(tied):
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads))
+    groups = parameter_groups(model, weight_decay=0.1)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == set(model.parameters())
+    assert names(model)["embeddings"] == ["model.embed_tokens.weight"]
+    assert all("norm" in name for name in names(model)["vectors"])
+    assert ("lm_head.weight" in names(model)["matrices"]) == (not tied)
+
+
 def test_a_head_registered_before_the_embedding_it_shares_is_still_an_embedding():
     model = nn.ModuleDict({"head": nn.Linear(4, 10, bias=False), "embed": nn.Embedding(10, 4)})
     model["head"].weight = model["embed"].weight
