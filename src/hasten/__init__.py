@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hasten.errors import CheckpointError, DataError, HastenError, RecipeError, RunError
     from hasten.evaluation import evaluate
-    from hasten.export import export
+    from hasten.exports import export
     from hasten.generation import generate
     from hasten.loop import advance, start, train
     from hasten.optim import optimizer
@@ -25,7 +25,7 @@ _HOMES = {
     "RunError": "hasten.errors",
     "advance": "hasten.loop",
     "evaluate": "hasten.evaluation",
-    "export": "hasten.export",
+    "export": "hasten.exports",
     "generate": "hasten.generation",
     "optimizer": "hasten.optim",
     "resolve": "hasten.recipe",

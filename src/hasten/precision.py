@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hasten.clip import Clip
 from hasten.errors import RecipeError, nearest
 
 PRECISIONS: dict[str, torch.dtype] = {
@@ -17,6 +16,13 @@ PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "fp16": torch.float16,
 }
+
+
+class Clipped(Protocol):
+    """What a clip returns: the global norm before clipping, and whether anything was changed."""
+
+    norm: Tensor
+    clipped: Tensor
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Precision:
                 master.grad.add_(parameter.grad)
             parameter.grad = None
 
-    def step(self, optimizer: torch.optim.Optimizer, clip: Clip) -> StepReport:
+    def step(self, optimizer: torch.optim.Optimizer, clip: Callable[[list[Tensor]], Clipped]) -> StepReport:
         """Unscale, clip, update the masters, bring the model up to date, drop the gradients.
 
         With ``fp16`` a gradient that is not finite skips the update: weights and optimizer state stay as they are and

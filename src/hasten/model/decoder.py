@@ -32,6 +32,7 @@ class Decoder(nn.Module):
             parameters without storage (`meta` device), to be assigned from a checkpoint.
 
     Example:
+        >>> from hasten.model import SIZES
         >>> model = Decoder(ModelConfig(**SIZES["nano"], vocab_size=256, seq_len=64), seed=0)
         >>> model(torch.zeros(2, 64, dtype=torch.long)).shape
         torch.Size([2, 64, 256])
@@ -242,6 +243,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class LayerCache:
+    """One block's part of a `Cache`: room for all positions up to the last new one."""
+
     keys_BGSD: Tensor
     values_BGSD: Tensor
     start: int

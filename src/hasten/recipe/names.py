@@ -391,9 +391,7 @@ def _join_batch(batch: dict[str, Given], ours: list[Given], notes: list[str]) ->
     notes.append(f"{product} x seq_len={lengths[-1]} sets batch.tokens={tokens} (on one device)")
     if part is not None:
         if step and accumulation and step.value != part.value * accumulation.value:
-            raise RecipeError(
-                f"{step} is not {part} x {accumulation}, which is what one device reads: keep two of them."
-            )
+            raise RecipeError(f"{step} is not {part} x {accumulation}, which one device reads: keep two of them.")
         ours.append(replace(part, key="batch.micro_rows", value=part.value, raw=None))
         notes.append(f"{part.name} sets batch.micro_rows")
     elif accumulation:
