@@ -38,7 +38,14 @@ def weights(folder: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def settings(text_file: Path, validation_file: Path, tiny: tuple[str, ...]) -> list[str]:
-    return [f"data={text_file}", f"val={validation_file}", *tiny, "budget=40", "checkpoint.every=4", "evaluate.every=25%"]
+    return [
+        f"data={text_file}",
+        f"val={validation_file}",
+        *tiny,
+        "budget=40",
+        "checkpoint.every=4",
+        "evaluate.every=25%",
+    ]
 
 
 @pytest.fixture(scope="module")

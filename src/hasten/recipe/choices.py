@@ -138,7 +138,7 @@ class BatchChoices(Choices):
             changes speed and memory, never the sum that a step follows.
     """
 
-    tokens: Count = 4096
+    tokens: Count = 2048
     micro_rows: Count | None = None
 
 
@@ -156,7 +156,7 @@ class AdamWChoices(Choices):
     """
 
     name: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0.0, le=100.0)] = 0.003
+    lr: Annotated[float, Field(gt=0.0, le=100.0)] = 0.005
     weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.1
     betas: Annotated[
         tuple[Beta, Beta], BeforeValidator(as_tuple), Expected("a list of two numbers of at least 0 and below 1")
