@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,7 @@ from hasten.data.corpus import CorpusSpec, open_corpus
 from hasten.data.preparation import cache_root, prepare
 from hasten.data.sampling import sample
 from hasten.data.shards import PreparedData
-from hasten.data.tokenizer import byte_tokenizer, train_bpe
+from hasten.data.tokenizer import DOCUMENT_TEXT, byte_tokenizer, train_bpe
 from hasten.errors import DataError
 
 
@@ -267,7 +268,8 @@ def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
 
 def foreign(kind):
     """A learned vocabulary, as other tools write it."""
-    tokenizer = train_bpe([Path(encoders.__file__).read_text()] * 3, 600)
+    contractions = "it's isn't they're I'll we've I'm he'd " * 9
+    tokenizer = train_bpe([Path(encoders.__file__).read_text(encoding="utf-8")] * 3 + [contractions], 600)
     description = json.loads(tokenizer.document)
     if kind == "split":
         pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -290,11 +292,20 @@ def test_chosen_encoder_gives_the_ids_of_the_tokenizer(kind, text):
     assert name in encoders.ENCODERS
 
 
+TRICKY = " |  |\n|\t|\r|\xa0|\u3000|\x1c|\x85|'|'s|re|ll|ve|d|m|t|S|a|Bc|_|1|23|0|²"
+TRICKY += "|\u0660|.|(|-|\u2019|e\u0301|é|ß|你|한|\u200d|\ufeff"
+TRICKY = [*TRICKY.split("|"), "\0", "\U0001f600", DOCUMENT_TEXT]
+
+
+@pytest.mark.parametrize("kind", ["own", "split"])
 @pytest.mark.parametrize("name", ["kitoken", "tiktoken"])
-def test_fast_encoder_of_our_own_vocabulary_is_verified_equal(name, text):
+def test_fast_encoder_gives_the_same_ids_on_ten_thousand_tricky_texts(name, kind, text):
     pytest.importorskip(name)
-    tokenizer = foreign("own")
-    assert not encoders.disagrees(encoders.ENCODERS[name](tokenizer), tokenizer, [text, *encoders.AWKWARD])
+    tokenizer = foreign(kind)
+    encode, rng = encoders.ENCODERS[name](tokenizer), random.Random(0)
+    texts = ["".join(rng.choices(TRICKY, k=rng.randrange(1, 9))) for _ in range(10_000)]
+    differ = [text for text in [*texts, text, *encoders.AWKWARD] if encoders.disagrees(encode, tokenizer, [text])]
+    assert differ == []
 
 
 def test_encoder_with_other_ids_is_not_chosen(monkeypatch):

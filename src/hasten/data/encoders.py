@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 
@@ -19,15 +20,20 @@ _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 AWKWARD = (
     "",
     " ",
-    "<|endoftext|> <s></s> [SEP] <|im_start|>",
+    "<|endoftext|> <s></s> [SEP] <|im_start|> ' <|endoftext|>'<|endoftext|>'\n",
     "a  b   c\t\td \n\n\n e\r\n\r\nf \u00a0\u2003g\u200b",
-    "it's IT'S we'll they've 'tis ''quoted''",
+    "it's IT'S we'll they've 'tis ''quoted'' a\n's\t't\n\n're \n'd\u00a0'll\r\n've 'm\n''s\n 's",
     "0 12 123 1234 12345 3.14159 1e-5 0xFF \u0664\u0662",
     "e\u0301 \u00e9 \ufb01 \U0001f469\u200d\U0001f680 \u05e9\u05dc\u05d5\u05dd \u4f60\u597d\u3002\ud55c\uad6d\uc5b4",
     "x" * 1000 + " " * 1000 + "\n" * 100 + "()[]{}" * 100,
     "".join(map(chr, range(0x20, 0x250))),
     "\x01\x02\x7f\ufffd\ufeff\u2028\u0085",
 )
+
+
+# kitoken 0.11 does not see a contraction that follows a line end, a tab or another space that is not U+0020
+# ("\\n'tis"). Of the bytes of Python sources 0.2 % are in pieces that hold one; the tokenizer encodes those pieces.
+_MISSED_BY_KITOKEN = re.compile(r"'(?<=[^\S ]')(?:[sdmt]|ll|ve|re)")
 
 
 def plain(tokenizer: Tokenizer) -> Encode:
@@ -43,10 +49,15 @@ def kitoken(tokenizer: Tokenizer) -> Encode:
         Exception: it cannot represent this tokenizer.
     """
     build = importlib.import_module("kitoken").Kitoken.from_tokenizers
-    document, own = tokenizer.document.encode(), threading.local()
+    description, own = json.loads(tokenizer.document), threading.local()
+    # It splits a text at special tokens even when told to read them as text, so it is not told of them.
+    description["added_tokens"] = [token for token in description.get("added_tokens", []) if not token["special"]]
+    document = json.dumps(description).encode()
     build(document)
 
     def encode(text: str) -> np.ndarray:
+        if _MISSED_BY_KITOKEN.search(text):
+            return tokenizer.encode(text)
         if not hasattr(own, "encoder"):
             own.encoder = build(document)
         return np.array(own.encoder.encode(text, False), dtype=np.uint32)
