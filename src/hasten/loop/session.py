@@ -159,8 +159,10 @@ def _run(state: State, folder: RunFolder, record: Record, hooks: tuple[Hook, ...
     with stop_on_signals() as request:
         if state.status == "running":
             timetable = Timetable(state, tell)
-            if timetable.begin(state):
-                _report(check_horizon(state.recipe, _facts(state, folder)), tell)
+            fitting = timetable.begin(state)
+            if fitting is not None:
+                facts = dataclasses.replace(_facts(state, folder), total_steps=fitting)
+                _report(check_horizon(state.recipe, facts), tell)
             while state.status == "running" and state.step < state.total_steps and not request.name:
                 advance(
                     state,

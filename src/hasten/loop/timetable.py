@@ -16,6 +16,10 @@ from hasten.pacing import Pace, steps_that_fit, worth_planning_again
 
 # A wall-clock budget is planned again at most this often (as a share of it), and once more just before the cool-down.
 PLAN_EVERY_SHARE = 0.04
+# The first plan rests on a probe of two passes and is corrected after the first steps. Planning too few steps would
+# spend the schedule on them before that; planning too many costs nothing.
+FEWEST_PLANNED = 50
+PLAN_AFTER_STEPS = (1, 2, 4, 8, 16)
 # What a forward pass costs relative to forward, backward and update.
 FORWARD_SHARE = 0.35
 
@@ -32,21 +36,23 @@ class Timetable:
         self._checkpoint_seconds = 0.0
         self._marks: dict[str, float] = {}
 
-    def begin(self, state: State) -> bool:
-        """Start the clock; decide on compilation, plan a wall-clock budget; say whether the horizon is new.
+    def begin(self, state: State) -> int | None:
+        """Start the clock; decide on compilation, plan a wall-clock budget; return the steps that seem to fit it.
+
+        None where there is nothing to plan.
 
         Both rest on a short probe: forward and backward passes that change nothing.
         """
         state.clock.start()
-        is_new = self._budget is not None and state.progress is None
-        if is_new:
+        fitting = None
+        if self._budget is not None and state.progress is None:
             seconds_per_step = probe(state)
             seconds_per_step = choose_compile(state, self._tell, seconds_per_step, self._budget, probe)
             tokens = min(state.recipe.evaluate.tokens, state.data.val.num_tokens)
             self._evaluation_seconds = FORWARD_SHARE * seconds_per_step * tokens / state.tokens_per_step
             fitting = steps_that_fit(0, self._seconds_left(state, progress=0.0), seconds_per_step)
-            set_horizon(state, fitting)
-            self._tell("plan", total_steps=fitting, knots=state.progress.to_json())
+            set_horizon(state, max(fitting, FEWEST_PLANNED))
+            self._tell("plan", total_steps=state.total_steps, knots=state.progress.to_json())
         else:
             left = self._budget - state.clock.seconds if self._budget is not None else None
             choose_compile(state, self._tell, None, left, probe)
@@ -54,7 +60,7 @@ class Timetable:
         self._pace.observe(state.step, self._trained(state))
         for name in ("evaluate", "checkpoint"):
             self._marks[name] = _position(getattr(state.recipe, name).every, state)
-        return is_new
+        return fitting
 
     def is_due(self, state: State) -> bool:
         """Say whether anything is due after the step just done."""
@@ -79,11 +85,11 @@ class Timetable:
 
     def plan_due(self, state: State) -> bool:
         """Say whether a wall-clock budget should be planned again now: before the cool-down, not too often."""
-        if self._budget is None or state.step < 3 or state.progress(state.step) >= state.schedule.cooldown_start:
+        if self._budget is None or state.progress(state.step) >= state.schedule.cooldown_start:
             return False
         is_last_chance = state.progress(state.step + 1) >= state.schedule.cooldown_start
         waited = state.clock.seconds - self._planned_at
-        return is_last_chance or state.step == 3 or waited >= PLAN_EVERY_SHARE * self._budget
+        return is_last_chance or state.step in PLAN_AFTER_STEPS or waited >= PLAN_EVERY_SHARE * self._budget
 
     def plan_again(self, state: State) -> None:
         """Give the run the number of steps that now fits its wall-clock budget, as a new knot of its progress."""
@@ -131,19 +137,19 @@ class Timetable:
 def probe(state: State, *, passes: int = 2) -> float:
     """Return about the seconds one optimizer step will take, from forward and backward passes that change nothing.
 
-    The first pass also pays for allocations and lazy set-up; with two, the second is the one that counts.
+    The first pass also pays for allocations and lazy set-up; the fastest counts.
     """
     began = time.perf_counter()
     batches = state.batches.take(state.row)
     batch = batches[0].to(state.device)
-    seconds = 0.0
+    seconds = math.inf
     for _ in range(passes):
         pass_began = time.perf_counter()
         loss = loss_sum(state.forward, batch.tokens_BT, batch.labels_BT, batch.document_ids_BT) / batch.num_targets
         state.precision.backward(loss)
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)
-        seconds = time.perf_counter() - pass_began
+        seconds = min(seconds, time.perf_counter() - pass_began)
     state.optimizer.zero_grad(set_to_none=True)
     state.spend("probe", time.perf_counter() - began)
     return seconds * len(batches)

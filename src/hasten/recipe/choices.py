@@ -355,7 +355,7 @@ class EvaluateChoices(Choices):
     """
 
     every: Span = Duration.parse("10%")
-    tokens: Count = 16384
+    tokens: Count = 8192
 
 
 class CheckpointChoices(Choices):
