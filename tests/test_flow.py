@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,21 @@ def test_the_same_command_on_a_finished_run_says_so(finished: Path, settings: li
     again = run([*settings, f"out={finished}"])
     assert (again.status, again.already_finished) == ("finished", True)
     assert weights(finished) == before
+
+
+def test_cleaning_away_checkpoints_keeps_a_finished_run_finished(
+    finished: Path, settings: list[str], own_folder: Path
+) -> None:
+    copy = own_folder / "runs" / "copy"
+    shutil.copytree(finished, copy, symlinks=True)
+    assert command(["runs", "--prune", "--yes"]) == 0
+    assert not (copy / "checkpoints").exists()
+    assert run([*settings, f"out={copy}"]).already_finished
+
+
+def test_a_checkpoint_is_exported_without_its_corpus(finished: Path, own_folder: Path) -> None:
+    assert command(["export", str(finished), "--to", "model"]) == 0
+    assert (own_folder / "model" / "model.safetensors").read_bytes() == weights(finished)
 
 
 def test_a_damaged_last_checkpoint_is_trained_again_from_the_older_one(finished: Path, settings: list[str]) -> None:

@@ -97,7 +97,9 @@ def _continue_from(recipe: Recipe, folder: RunFolder, tell: Teller) -> tuple[che
     result = read_result(folder)
     if result is None:
         return loaded, None
-    is_done = loaded is not None and loaded.state["status"] == "finished"
+    # A finished run whose checkpoints were cleaned away is finished all the same; one whose last checkpoint was
+    # damaged goes on from the older one.
+    is_done = result["status"] == "finished" and (loaded is None or loaded.state["status"] == "finished")
     if is_done or result["status"] == "diverged":
         return loaded, Result(result["status"], result["reason"], folder.path, result, already_finished=True)
     return loaded, None
