@@ -60,12 +60,16 @@ class Display:
         self._end_line()
         data, state = values["data"], values["state"]
         facts = Table.grid(padding=(0, 2))
+        facts.add_column(no_wrap=True)
+        facts.add_column(overflow="fold")
         facts.add_row("corpus", describe_corpus(data))
         facts.add_row("model", describe_model(state))
         facts.add_row("batch", describe_batch(state))
         self._budget = state.recipe.budget.value if state.recipe.budget.unit == "seconds" else None
         facts.add_row("budget", str(state.recipe.budget))
         self._print(facts)
+        for note in data.manifest["notes"]:
+            self.note(note)
 
     def _on_resume(self, step: int, values: dict[str, Any]) -> None:
         self._print(Text(f"resuming at step {step:,}"))

@@ -37,8 +37,7 @@ def prepare(
             resolved.recipe, on_progress=lambda progress: display(Event("prepare", 0, {"progress": progress}))
         )
     typer.echo(describe_corpus(data))
-    for name, number in data.manifest["counts"].items():
-        if number:
-            typer.echo(f"{printable(name)}: {number}")
+    for note in data.manifest["notes"]:
+        typer.echo(printable(note))
     typer.echo(f"prepared in {printable(str(data.folder))}")
     return 0
