@@ -66,7 +66,8 @@ class Display:
         facts.add_row("model", describe_model(state))
         facts.add_row("batch", describe_batch(state))
         self._budget = state.recipe.budget.value if state.recipe.budget.unit == "seconds" else None
-        facts.add_row("budget", str(state.recipe.budget))
+        budget = state.recipe.budget
+        facts.add_row("budget", f"{budget} steps" if budget.unit == "steps" else str(budget))
         self._print(facts)
         for note in data.manifest["notes"]:
             self.note(note)
@@ -96,12 +97,12 @@ class Display:
     def _describe_step(self, step: int, values: dict[str, Any]) -> str:
         parts = [
             f"step {step:,} {values['progress']:4.0%}",
+            f"{self._left(values)} left",
             f"loss {values['loss']:.3f}",
             self._validation,
             f"lr {values['lr']:.1e}",
             f"grad {values['grad_norm']:.2f}",
             f"{count(values['tokens_per_second'])} tok/s",
-            f"{duration(values['seconds'])} gone, {self._left(values)} left",
         ]
         return "  ".join(part for part in parts if part)
 
