@@ -97,7 +97,7 @@ class Display:
     def _describe_step(self, step: int, values: dict[str, Any]) -> str:
         parts = [
             f"step {step:,} {values['progress']:4.0%}",
-            f"{self._left(values)} left",
+            self._left(values),
             f"loss {values['loss']:.3f}",
             self._validation,
             f"lr {values['lr']:.1e}",
@@ -108,11 +108,11 @@ class Display:
 
     def _left(self, values: dict[str, Any]) -> str:
         if self._budget is not None:
-            return duration(max(0.0, self._budget - values["seconds"]))
+            return f"{duration(max(0.0, self._budget - values['seconds']))} left"
         here = (values["seconds"], values["progress"])
         self._pace = self._pace or here
         gone, moved = here[0] - self._pace[0], here[1] - self._pace[1]
-        return duration(gone / moved * (1.0 - here[1])) if moved > 0 else "?"
+        return f"{duration(gone / moved * (1.0 - here[1]))} left" if moved > 0 else ""
 
     # --- how it ended ------------------------------------------------------------------------------------------
 
