@@ -26,7 +26,7 @@ def between_steps(state: State, folder: RunFolder, timetable: Timetable, tell: T
 
 
 def validate(state: State, *, max_tokens: int | None) -> Evaluation:
-    """Evaluate the run's model on its held-out text: the first `max_tokens` of it, or the whole."""
+    """Evaluate the run's model on its held-out text: about `max_tokens` of it, spread evenly, or the whole."""
     return evaluate_shards(
         state.model,
         state.data.val,

@@ -133,12 +133,23 @@ def _facts(state: State, folder: RunFolder) -> Facts:
     )
 
 
+def _write_once(state: State, folder: RunFolder) -> None:
+    """Write the recipe and the tokenizer, each whole or not at all: a kill in between must not change the run."""
+    if not folder.recipe_path.exists():
+        half = folder.recipe_path.with_name("recipe.toml.tmp")
+        half.write_text(state.recipe.to_toml(), encoding="utf-8")
+        half.replace(folder.recipe_path)
+    if not folder.tokenizer.exists():
+        half = folder.tokenizer.with_name("tokenizer.tmp")
+        half.mkdir(exist_ok=True)
+        state.data.tokenizer.save(half, model_max_length=state.config.seq_len)
+        half.replace(folder.tokenizer)
+
+
 @contextmanager
 def _open_record(state: State, folder: RunFolder) -> Iterator[Record]:
     """Yield the record of this attempt; what an earlier attempt logged after its last checkpoint is cut off first."""
-    folder.recipe_path.write_text(state.recipe.to_toml(), encoding="utf-8")
-    folder.tokenizer.mkdir(exist_ok=True)
-    state.data.tokenizer.save(folder.tokenizer, model_max_length=state.config.seq_len)
+    _write_once(state, folder)
     attempt = 1 + sum(event["kind"] in ("start", "resume") for event in read_events(folder))
     cut_back(folder, state.step)
     record = Record(folder, attempt)
