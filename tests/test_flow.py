@@ -107,6 +107,20 @@ def test_a_checkpoint_is_exported_without_its_corpus(finished: Path, own_folder:
     assert (own_folder / "model" / "model.safetensors").read_bytes() == weights(finished)
 
 
+def test_going_on_never_rewrites_the_recipe_that_a_kill_could_halve(
+    finished: Path, settings: list[str], own_folder: Path
+) -> None:
+    out = own_folder / "run"
+    shutil.copytree(finished, out, symlinks=True)
+    (out / "result.json").unlink()
+    shutil.rmtree(sorted((out / "checkpoints").glob("step-*"))[-1])
+    before = (out / "recipe.toml").stat()
+    assert not run([*settings, f"out={out}"]).already_finished
+    after = (out / "recipe.toml").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert weights(out) == weights(finished)
+
+
 def test_a_damaged_last_checkpoint_is_trained_again_from_the_older_one(finished: Path, settings: list[str]) -> None:
     before = weights(finished)
     newest = sorted((finished / "checkpoints").glob("step-*"))[-1]
