@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hasten.cache import cache_root
 from hasten.data import encoders
 from hasten.data.corpus import Corpus, CorpusSpec, Piece, Split, open_corpus
 from hasten.data.sampling import sample
@@ -55,13 +56,6 @@ class PrepareProgress:
     megabytes_per_second: float | None = None
     seconds_left: float | None = None
     notes: tuple[str, ...] = ()
-
-
-def cache_root() -> Path:
-    """Return the folder for what can be made again: HASTEN_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("HASTEN_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hasten"
 
 
 def prepare(

@@ -1,83 +1,267 @@
-"""Which parameters decay and which do not, read off the module tree."""
+"""Optimizer groups of a model: which rule, decay and rate each parameter gets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
-from hasten.errors import RecipeError
+from hasten.errors import RecipeError, nearest
+from hasten.optim.kinds import KINDS, Kind, kinds_of
+from hasten.optim.rule import Group
+from hasten.optim.sharding import local
 
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# Norms whose weights can have two dimensions or more; the others' are vectors anyway.
-NORMS = (nn.LayerNorm, nn.RMSNorm)
+# Rules that act on whole matrices, and the kinds that they are for: elsewhere they lose to an element-wise rule.
+MATRIX_RULES = frozenset({"muon", "normuon", "soap", "soapmuon", "mars"})
+MATRIX_KINDS = frozenset({"matrices", "experts", "convolutions"})
+UNDECAYED = frozenset({"embeddings", "vectors"})
+RESERVED = frozenset({"name", "kind", "params", "parameter_names"})
+Settings = Mapping[str, Mapping[str, Any]]
+
+
+def _itself(parameter: nn.Parameter) -> nn.Parameter:
+    return parameter
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, master: Callable[[nn.Parameter], nn.Parameter] = lambda p: p
-) -> list[dict[str, Any]]:
-    """Return optimizer groups: matrices with `weight_decay`; embeddings, norms and vectors without.
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    master: Callable[[nn.Parameter], Tensor] = _itself,
+    rule: str = "adamw",
+    rest: str = "adamw",
+    kinds: Settings | None = None,
+    overrides: Settings | None = None,
+) -> list[Group]:
+    """Return optimizer groups with sane decay and rules, one or more for each kind of parameter.
 
-    The kind of a parameter is read off the module that owns it, not off its name: a parameter of `nn.Embedding` is an
-    embedding (a head tied to it counts as one, once); one of a norm, or of fewer than two dimensions, is a vector; the
-    rest, an untied head included, are matrices. Frozen parameters are in no group.
+    Kinds are read off the module tree, not off names (`hasten.optim.kinds.kinds_of`). Embeddings and vectors do not
+    decay; matrices, experts, convolutions, the head and gates do. A matrix rule (`MATRIX_RULES`) gets the first three
+    kinds and `rest` everything else; an element-wise rule gets everything. Frozen parameters are in no group.
 
     Args:
         model: any module.
-        weight_decay: of the matrices, finite, at least 0.
+        weight_decay: of what decays, finite, at least 0.
         master: maps a parameter of the model to the one the optimizer updates (`hasten.precision.Precision.master`).
+        rule: name of the optimizer rule.
+        rest: name of the rule for what a matrix rule does not take.
+        kinds: settings for all of a kind, such as ``{"embeddings": {"lr_scale": 10.0}}``.
+        overrides: settings by pattern over parameter names, such as ``{"*.lm_head.*": {"lr_scale": 0.2}}``, or
+            ``{"*.c_attn.weight": {"split_sizes": None}}``. Names are as in ``model.named_parameters()`` with a dot in
+            front; a tied parameter answers to all its names. Patterns may meet if they do not contradict each other.
+            Whatever is not ``weight_decay``, ``rule``, ``lr_scale``, ``split_sizes`` or ``split_dim`` is a setting of
+            the rule and goes into the group as it is.
 
     Returns:
-        groups with ``name`` (``matrices``, ``embeddings``, ``vectors``), ``params``, ``parameter_names`` and
-        ``weight_decay``; every trainable parameter in exactly one; empty groups left out.
+        groups with ``name``, ``kind``, ``params``, ``parameter_names``, ``weight_decay``, ``rule`` and ``lr_scale``,
+        in the order of `hasten.optim.kinds.KINDS`; every trainable parameter in exactly one, no group empty. Under a
+        matrix rule also ``split_sizes`` (the matrices fused in one, None for one matrix) and ``split_dim`` (the output
+        dimension of a matrix, 0 or 1; see `hasten.optim.kinds.Kind`), a group for each. Where a kind needs several
+        groups, the name says what is particular: ``matrices (split 384+128+128)``.
 
     Raises:
-        RecipeError: `weight_decay` is out of range, the model has nothing to train, or two parameters share their
-            memory without being one parameter, so that both would update it.
+        RecipeError: a setting is out of range; a pattern matches nothing, or two contradict each other; a matrix rule
+            was asked for a vector; the model has nothing to train or is not initialised yet; two parameters share
+            their memory without being one parameter, so that both would update it.
 
     Example:
-        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.RMSNorm(4), nn.Linear(4, 10, bias=False))
-        >>> for group in parameter_groups(model, weight_decay=0.1):
-        ...     print(group["name"], group["parameter_names"], group["weight_decay"])
-        matrices ['2.weight'] 0.1
-        embeddings ['0.weight'] 0.0
-        vectors ['1.weight'] 0.0
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.RMSNorm(4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False))
+        >>> for group in parameter_groups(model, weight_decay=0.1, rule="muon"):
+        ...     print(group["name"], group["parameter_names"], group["rule"], group["weight_decay"])
+        matrices ['2.weight'] muon 0.1
+        head ['3.weight'] adamw 0.1
+        embeddings ['0.weight'] adamw 0.0
+        vectors ['1.weight', '2.bias'] adamw 0.0
     """
-    if not 0.0 <= weight_decay < float("inf"):
-        raise RecipeError(f"optimizer.weight_decay={weight_decay} is out of range; give a finite number of at least 0.")
-    embeddings, norms = _owned_by(model, EMBEDDINGS), _owned_by(model, NORMS)
-    kinds: dict[str, list[tuple[str, nn.Parameter]]] = {"matrices": [], "embeddings": [], "vectors": []}
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a shared one comes once
+    _check_settings("optimizer", {"weight_decay": weight_decay})
+    trained = trained_parameters(model)
+    _refuse_shared_memory(trained)
+    defaults = {kind: _of_kind(kind, weight_decay, rule, rest, dict(kinds or {})) for kind in KINDS}
+    _check_kinds(kinds or {})
+    chosen = _override(model, trained, overrides or {})
+    found = kinds_of(model)
+    groups: dict[tuple[str, str], Group] = {}
     for name, parameter in trained:
-        is_vector = parameter.ndim < 2 or parameter in norms
-        kind = "embeddings" if parameter in embeddings else "vectors" if is_vector else "matrices"
-        kinds[kind].append((name, parameter))
+        kind, extra = found[parameter], chosen.get(parameter, {})
+        settings = defaults[kind.name] | extra
+        particular = [f"{key}={value}" for key, value in sorted(extra.items()) if defaults[kind.name].get(key) != value]
+        if settings["rule"] in MATRIX_RULES:
+            settings |= _matrix_settings(name, parameter, kind, settings)
+            particular = [*_form(settings), *(text for text in particular if not text.startswith("split_"))]
+        else:
+            settings = {key: value for key, value in settings.items() if not key.startswith("split_")}
+            particular = [text for text in particular if not text.startswith("split_")]
+        title = f"{kind.name} ({', '.join(particular)})" if particular else kind.name
+        empty = {"name": title, "kind": kind.name, "params": [], "parameter_names": []}
+        group = groups.setdefault((kind.name, title), empty | settings)
+        group["params"].append(master(parameter))
+        group["parameter_names"].append(name)
+    return [group for kind in KINDS for (of, _), group in groups.items() if of == kind]
+
+
+def check_complete(
+    model: nn.Module, groups: Iterable[Group], *, master: Callable[[nn.Parameter], Tensor] = _itself
+) -> list[Group]:
+    """Return hand-made `groups` with lists as ``params`` and with ``parameter_names``, if they fit `model` exactly.
+
+    Args:
+        model: the module that they are for.
+        groups: as for any `torch.optim.Optimizer`; ``params`` may be one tensor, an iterable, or (name, tensor) pairs.
+        master: as in `parameter_groups`.
+
+    Raises:
+        RecipeError: a group is empty, a parameter is in two groups or twice in one, a trainable parameter is in none,
+            or a tensor belongs to another model; each by name.
+    """
+    names = {master(parameter): name for name, parameter in model.named_parameters()}
+    places: dict[Tensor, str] = {}
+    complete = []
+    for number, group in enumerate(groups):
+        title = repr(str(group.get("name", f"number {number}")))
+        given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
+        if not params:
+            raise RecipeError(f"Optimizer group {title} is empty; leave it out, or give it parameters.")
+        for parameter in params:
+            if parameter not in names:
+                shape = "x".join(map(str, parameter.shape))
+                raise RecipeError(
+                    f"Optimizer group {title} holds a {shape} tensor that is no parameter of the model; take its "
+                    "parameters from model.named_parameters()."
+                )
+            if parameter in places:
+                where = (
+                    f"in group {title} twice" if places[parameter] == title else f"in {places[parameter]} and {title}"
+                )
+                raise RecipeError(f"{names[parameter]} is {where}; every parameter belongs in exactly one group.")
+            places[parameter] = title
+        complete.append(dict(group) | {"params": params, "parameter_names": [names[p] for p in params]})
+    missing = [name for name, parameter in trained_parameters(model) if master(parameter) not in places]
+    if missing:
+        more = f" and {len(missing) - 1} more parameters are" if len(missing) > 1 else " is"
+        raise RecipeError(
+            f"{missing[0]}{more} in no optimizer group; add what is missing, or freeze it with requires_grad_(False)."
+        )
+    return complete
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters of `model` that are not frozen, by name, a tied one once.
+
+    Raises:
+        RecipeError: there is none, or a lazy module has not got its shape yet.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise RecipeError("The model has no parameter to train; every one of them is frozen.")
-    _refuse_shared_memory(trained)
-    return [
-        {
-            "name": kind,
-            "params": [master(parameter) for _, parameter in named],
-            "parameter_names": [name for name, _ in named],
-            "weight_decay": weight_decay if kind == "matrices" else 0.0,
-        }
-        for kind, named in kinds.items()
-        if named
-    ]
+    for name, parameter in trained:
+        if isinstance(parameter, UninitializedParameter):
+            raise RecipeError(f"{name} has no shape yet; run the model on one batch before building the optimizer.")
+    return trained
 
 
-def _owned_by(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[nn.Parameter]:
-    return {p for module in model.modules() if isinstance(module, kinds) for p in module.parameters(recurse=False)}
+def _of_kind(kind: str, weight_decay: float, rule: str, rest: str, given: Settings) -> dict[str, Any]:
+    chosen = rule if rule not in MATRIX_RULES or kind in MATRIX_KINDS else rest
+    decay = 0.0 if kind in UNDECAYED else weight_decay
+    return {"weight_decay": decay, "rule": chosen, "lr_scale": 1.0} | dict(given.get(kind, {}))
+
+
+def _check_kinds(given: Settings) -> None:
+    for kind, settings in given.items():
+        if kind not in KINDS:
+            raise RecipeError(
+                f"optimizer.kinds.{kind} is no kind of parameter{nearest(kind, KINDS)}; give {_list(KINDS)}."
+            )
+        _check_settings(f"optimizer.kinds.{kind}", settings)
+
+
+def _override(
+    model: nn.Module, trained: list[tuple[str, nn.Parameter]], overrides: Settings
+) -> dict[nn.Parameter, dict[str, Any]]:
+    """Return the settings that patterns give to parameters, by parameter."""
+    names: dict[nn.Parameter, list[str]] = {parameter: [] for _, parameter in trained}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in names:
+            names[parameter].append(name)
+    chosen: dict[nn.Parameter, dict[str, Any]] = {}
+    origins: dict[tuple[nn.Parameter, str], str] = {}
+    for pattern, settings in overrides.items():
+        _check_settings(f"optimizer.overrides.{pattern!r}", settings)
+        matched = [
+            p
+            for p, given in names.items()
+            if any(fnmatchcase(n, pattern) or fnmatchcase(f".{n}", pattern) for n in given)
+        ]
+        if not matched:
+            close = nearest(pattern.strip("*."), [name for given in names.values() for name in given])
+            raise RecipeError(
+                f"optimizer.overrides.{pattern!r} matches no parameter that is trained{close}; patterns are like "
+                f"'*.q_proj.weight', over names like {trained[0][0]!r}."
+            )
+        for parameter in matched:
+            for setting, value in settings.items():
+                before = chosen.setdefault(parameter, {}).setdefault(setting, value)
+                origin = origins.setdefault((parameter, setting), pattern)
+                if before != value:
+                    raise RecipeError(
+                        f"{names[parameter][0]} matches optimizer.overrides {origin!r} and {pattern!r}, which give it "
+                        f"{setting}={before} and {value}; make one of the patterns narrower."
+                    )
+    return chosen
+
+
+def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
+    if reserved := RESERVED & set(settings):
+        raise RecipeError(f"{where}.{min(reserved)} cannot be set; it follows from the model.")
+    decay, scale = settings.get("weight_decay", 0.0), settings.get("lr_scale", 1.0)
+    if not 0.0 <= decay < float("inf"):
+        raise RecipeError(f"{where}.weight_decay={decay} is out of range; give a finite number of at least 0.")
+    if not 0.0 < scale < float("inf"):
+        raise RecipeError(f"{where}.lr_scale={scale} is out of range; give a finite number above 0.")
+    if settings.get("split_dim", 0) not in (0, 1):
+        raise RecipeError(f"{where}.split_dim={settings['split_dim']} is out of range; give 0 (rows) or 1 (columns).")
+
+
+def _matrix_settings(name: str, parameter: nn.Parameter, kind: Kind, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``split_sizes`` and ``split_dim``, from `settings` or else from the module tree."""
+    rule = settings["rule"]
+    if parameter.ndim < 2:
+        raise RecipeError(f"{name} has {parameter.ndim} dimensions, and {rule} is for matrices; give it another rule.")
+    dim = settings.get("split_dim", kind.split_dim)
+    if "split_sizes" not in settings:
+        return {"split_sizes": kind.split_sizes if dim == kind.split_dim else None, "split_dim": dim}
+    sizes = None if settings["split_sizes"] is None else tuple(settings["split_sizes"])
+    rows = parameter.shape[0] if kind.name == "convolutions" else parameter.shape[-2]
+    width = (rows, parameter[0].numel() if kind.name == "convolutions" else parameter.shape[-1])[dim]
+    if sizes is not None and (sum(sizes) != width or not all(isinstance(size, int) and size > 0 for size in sizes)):
+        raise RecipeError(
+            f"split_sizes={sizes} do not fit {name}; give whole numbers above 0 that add up to its {width} "
+            f"{('rows', 'columns')[dim]}."
+        )
+    return {"split_sizes": sizes, "split_dim": dim}
+
+
+def _form(settings: Mapping[str, Any]) -> list[str]:
+    sizes = settings["split_sizes"] or ()
+    is_long = len(sizes) > 4 and len(set(sizes)) == 1
+    text = f"{len(sizes)} x {sizes[0]}" if is_long else "+".join(map(str, sizes))
+    return ["transposed"] * settings["split_dim"] + ([f"split {text}"] if sizes else [])
+
+
+def _list(words: Iterable[str]) -> str:
+    return ", ".join(words)
 
 
 def _refuse_shared_memory(named: list[tuple[str, nn.Parameter]]) -> None:
     owners: dict[tuple[str, int], str] = {}
     for name, parameter in named:
-        if parameter.device.type == "meta" or parameter.numel() == 0:
+        held = local(parameter.detach())  # a DTensor has no memory of its own
+        if held.device.type == "meta" or held.numel() == 0:
             continue
-        place = (str(parameter.device), parameter.data_ptr())
+        place = (str(held.device), held.data_ptr())
         if place in owners:
             raise RecipeError(
                 f"{owners[place]} and {name} share their memory but are two parameters, so each step would update it "

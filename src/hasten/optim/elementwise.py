@@ -1,0 +1,89 @@
+"""What element-wise rules share: their state, the decay factor, and a kernel applied to a group's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hasten.optim.kernels import Kernel, Rounding, Stored
+from hasten.optim.rule import Group, Work
+from hasten.optim.sharding import local
+from hasten.optim.storage import Packed, can_pack, empty_packed, mix_number
+
+SCALE = "_scale"  # ``exp_avg`` in 8 bits has its scales beside it, as ``exp_avg_scale``.
+LOW = "low"  # What rounding to bfloat16 cut off the weight, with ``rounding="kahan"``.
+
+
+def zeros(parameter: Tensor, group: Group, *names: str, unsigned: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Return state of the parameter's shape, all zero: float32 (float64 for float64 weights), or 8 bits.
+
+    Args:
+        parameter: the weight.
+        group: its settings; ``state_format`` and ``rounding`` are read.
+        names: of the state.
+        unsigned: those that are never negative.
+    """
+    state: dict[str, Tensor] = {}
+    for name in names:
+        if group["state_format"] == "8bit" and can_pack(parameter):
+            packed = empty_packed(parameter, is_signed=name not in unsigned)
+            state[name], state[name + SCALE] = packed.codes, packed.scales
+        else:
+            state[name] = wide_zeros(parameter)
+    return state | remainder(parameter, group)
+
+
+def wide_zeros(parameter: Tensor) -> Tensor:
+    """Return zeros of the parameter's shape in the format that state is computed in."""
+    dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def remainder(parameter: Tensor, group: Group) -> dict[str, Tensor]:
+    """Return the place for what rounding cuts off a bfloat16 weight, where that is kept."""
+    is_kept = group["rounding"] == "kahan" and parameter.dtype == torch.bfloat16
+    return {LOW: torch.zeros_like(parameter)} if is_kept else {}
+
+
+def decay_rate(group: Group) -> float:
+    """Return the share of a weight that decays in this step: ``lr * weight_decay``, with the present or the peak lr."""
+    lr = group["lr"] if group["decay_follows_lr"] else group.get("initial_lr", group["lr"])
+    return float(lr) * group["weight_decay"]
+
+
+def stored(work: Work, name: str) -> list[Stored]:
+    """Return the state called `name` of every parameter, local parts of sharded ones."""
+    return [
+        Packed(local(state[name]), local(state[name + SCALE])) if name + SCALE in state else local(state[name])
+        for state in work.states
+    ]
+
+
+def apply(
+    kernel: Kernel,
+    work: Work,
+    scalars: Mapping[str, float | Tensor],
+    extra: Mapping[str, Sequence[Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """Run `kernel` over the parameters of `work`: ``p`` and ``g`` by those names, state by its own; return the sums.
+
+    Args:
+        kernel: the update.
+        work: what to update.
+        scalars: numbers by name; one value, or one for each parameter.
+        extra: more lists of local tensors by name, for what is not state.
+    """
+    tensors: dict[str, Sequence[Stored]] = dict(extra or {})
+    for name in kernel.tensors:
+        if name == "p":
+            tensors[name] = [local(p) for p in work.params]
+        elif name == "g":
+            tensors[name] = [local(g) for g in work.grads]
+        elif name not in tensors:
+            tensors[name] = stored(work, name)
+    mode = work.group["rounding"]
+    seed = mix_number(work.group["seed"] * 0x9E3779B9 + work.step) if mode == "stochastic" else 0
+    low = [local(s[LOW]) if LOW in s else s["step"] for s in work.states] if mode == "kahan" else None
+    return kernel(tensors, scalars, rounding=Rounding(mode, seed), low=low)

@@ -1,0 +1,375 @@
+"""One element-wise update, written once as a PyTorch function and run as fast as the device allows.
+
+On a CPU it becomes one C function (`hasten.optim.native`), on CUDA a kernel of `torch.compile`; where there is no
+compiler PyTorch runs the function over blocks that fit a cache. All three give the same numbers.
+"""
+
+from __future__ import annotations
+
+import array
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hasten.optim import native
+from hasten.optim.storage import Packed, mix_number, round_randomly
+from hasten.optim.tracing import trace
+
+Stored = Tensor | Packed
+Path = Literal["auto", "compiled", "eager", "native"]
+
+# Elements that the PyTorch form works on at a time: a few blocks of this size stay in a core's cache.
+EAGER_BLOCK = 32768
+# Tensors of fewer elements are put together on CUDA, where a launch would cost more than the work.
+CUDA_SMALL = 65536
+
+_PATH: ContextVar[Path] = ContextVar("path", default="auto")
+
+
+@contextmanager
+def use(path: Path) -> Iterator[None]:
+    """Run updates one way inside the block, to compare the ways: ``native``, ``compiled``, ``eager``; or ``auto``."""
+    token = _PATH.set(path)
+    try:
+        yield
+    finally:
+        _PATH.reset(token)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a bfloat16 weight takes its new value.
+
+    Args:
+        mode: ``nearest``, ``stochastic``, or ``kahan``: what rounding cut off is kept in a second bfloat16 tensor.
+        seed: of this step's random numbers.
+    """
+
+    mode: str = "nearest"
+    seed: int = 0
+
+
+NEAREST = Rounding()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An element-wise update.
+
+    Args:
+        function: takes `tensors` and `scalars` by name and returns new values by name. A name of `tensors` is written; any
+            other name is summed over each tensor. Only what `hasten.optim.tracing` knows.
+        tensors: names of the tensors; ``p`` is the weight and may be rounded, the others are gradients and state.
+        scalars: names of the numbers.
+
+    Example:
+        >>> def sgd(p, g, *, lr):
+        ...     return {"p": p - lr * g, "squares": g * g}
+        >>> p, g = torch.ones(2), torch.tensor([1.0, 2.0])
+        >>> Kernel(sgd, ("p", "g"), ("lr",))({"p": [p], "g": [g]}, {"lr": 0.5})["squares"].tolist(), p.tolist()
+        ([5.0], [0.5, 0.0])
+    """
+
+    function: Callable[..., Mapping[str, Any]]
+    tensors: tuple[str, ...]
+    scalars: tuple[str, ...]
+
+    @cached_property
+    def _traced(self) -> tuple[list[str], dict[str, str]]:
+        return trace(self.function, self.tensors, self.scalars)
+
+    @cached_property
+    def writes(self) -> tuple[str, ...]:
+        """Names of the tensors that get new values."""
+        return tuple(name for name in self._traced[1] if name in self.tensors)
+
+    @cached_property
+    def sums(self) -> tuple[str, ...]:
+        """Names of the values that are summed over each tensor."""
+        return tuple(name for name in self._traced[1] if name not in self.tensors)
+
+    def __call__(
+        self,
+        tensors: Mapping[str, Sequence[Stored]],
+        scalars: Mapping[str, float | Tensor],
+        *,
+        rounding: Rounding = NEAREST,
+        low: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Update every tensor of the lists; return each sum as float64, one number per tensor.
+
+        Args:
+            tensors: for each name a list, all of one length; local tensors, never a `DTensor`.
+            scalars: numbers, or tensors with one number for each position in the lists.
+            rounding: of a bfloat16 ``p``.
+            low: the remainders of ``p``, with ``kahan``.
+        """
+        lists = [tensors[name] for name in self.tensors]
+        storage = [_signature(row, rounding, self.tensors) for row in zip(*lists, strict=True)]
+        if not storage:
+            return {name: torch.zeros(0, dtype=torch.float64) for name in self.sums}
+        if storage.count(storage[0]) == len(storage):
+            return self._run(storage[0], lists, scalars, rounding, low)
+        found = {name: torch.zeros(len(storage), dtype=torch.float64) for name in self.sums}
+        for kind in dict.fromkeys(storage):
+            places = [place for place, other in enumerate(storage) if other == kind]
+            part = self._run(
+                kind,
+                [[values[place] for place in places] for values in lists],
+                {name: v[places] if isinstance(v, Tensor) else v for name, v in scalars.items()},
+                rounding,
+                None if low is None else [low[place] for place in places],
+            )
+            for name, values in part.items():
+                found[name] = found[name].to(values.device)
+                found[name][places] = values
+        return found
+
+    def _run(
+        self,
+        storage: tuple[str, ...],
+        lists: list[Sequence[Stored]],
+        scalars: Mapping[str, float | Tensor],
+        rounding: Rounding,
+        low: Sequence[Tensor] | None,
+    ) -> dict[str, Tensor]:
+        *kinds, device = storage
+        path = _PATH.get()
+        if device == "cpu" and path in ("auto", "native"):
+            run = _native(self, tuple(kinds))
+            if run is not None:
+                return self._run_native(run, kinds, lists, scalars, rounding, low)
+        plain = all(kind in ("float32", "float64", "bfloat16") for kind in kinds)
+        if plain and (path == "compiled" or (path == "auto" and device == "cuda" and _has_triton())):
+            return self._run_compiled(tuple(kinds), lists, scalars)
+        return self._run_eager(lists, scalars, rounding, low)
+
+    # --- machine code -----------------------------------------------------------------------------------------------
+
+    def _run_native(
+        self,
+        run: Callable[..., None],
+        kinds: Sequence[str],
+        lists: list[Sequence[Stored]],
+        scalars: Mapping[str, float | Tensor],
+        rounding: Rounding,
+        low: Sequence[Tensor] | None,
+    ) -> dict[str, Tensor]:
+        count = len(lists[0])
+        columns: list[list[int]] = []
+        for kind, values in zip(kinds, lists, strict=True):
+            if kind in ("signed8", "unsigned8"):
+                columns += [[v.codes.data_ptr() for v in values], [v.scales.data_ptr() for v in values]]
+            else:
+                columns.append([v.data_ptr() for v in values])
+                if kind == "kahan":
+                    assert low is not None
+                    columns.append([v.data_ptr() for v in low])
+        pointers = array.array("Q", [pointer for row in zip(*columns, strict=True) for pointer in row])
+        packed = next((values for kind, values in zip(kinds, lists, strict=True) if kind.endswith("signed8")), None)
+        if packed is None:
+            sizes = [v.numel() for v in lists[0]]
+            shape = array.array("q", [number for size in sizes for number in (1, size)])
+        else:
+            shapes = [v.codes.shape for v in packed]
+            sizes = [shape.numel() for shape in shapes]
+            shape = array.array("q", [n for s in shapes for n in (s.numel() // s[-1] if s[-1] else 0, s[-1])])
+        if any(isinstance(value, Tensor) for value in scalars.values()):
+            table = [
+                v.tolist() if isinstance(v, Tensor) else [v] * count for v in map(scalars.__getitem__, self.scalars)
+            ]
+            numbers, stride = array.array("d", [x for row in zip(*table, strict=True) for x in row]), len(self.scalars)
+        else:
+            numbers, stride = array.array("d", [scalars[name] for name in self.scalars]), 0
+        sums = torch.zeros(count, len(self.sums), dtype=torch.float64)
+        threads = torch.get_num_threads() if sum(sizes) > 2 * native.BLOCK else 1
+        run(
+            count,
+            shape.buffer_info()[0],
+            pointers.buffer_info()[0],
+            numbers.buffer_info()[0],
+            stride,
+            sums.data_ptr(),
+            rounding.seed & 0xFFFFFFFF,
+            threads,
+        )
+        return {name: sums[:, place] for place, name in enumerate(self.sums)}
+
+    # --- torch.compile ----------------------------------------------------------------------------------------------
+
+    def _run_compiled(
+        self, kinds: tuple[str, ...], lists: list[Sequence[Tensor]], scalars: Mapping[str, float | Tensor]
+    ) -> dict[str, Tensor]:
+        device = lists[0][0].device
+        totals = torch.zeros(len(lists[0]), len(self.sums), dtype=torch.float64, device=device)
+        rows = list(zip(*lists, strict=True))
+        per_tensor = any(isinstance(value, Tensor) for value in scalars.values())
+        small = [] if per_tensor or self.sums else [k for k, row in enumerate(rows) if row[0].numel() < CUDA_SMALL]
+        if len(small) > 1:
+            self._run_together([rows[k] for k in small], scalars)
+        done = set(small) if len(small) > 1 else set()
+        shared = None if per_tensor else self._numbers(scalars, None, lists[0][0])
+        run = _compiled(self, kinds)
+        for k, row in enumerate(rows):
+            if k in done or row[0].numel() == 0:
+                continue
+            numbers = self._numbers(scalars, k, row[0]) if shared is None else shared
+            flat = [tensor.view(-1) for tensor in row]
+            # One element would be compiled for by itself.
+            sums = run(numbers, *flat) if flat[0].numel() > 1 else _in_place(self, numbers, *flat)
+            if self.sums:
+                totals[k] = sums
+        return {name: totals[:, place] for place, name in enumerate(self.sums)}
+
+    def _numbers(self, scalars: Mapping[str, float | Tensor], place: int | None, like: Tensor) -> Tensor:
+        """Return the numbers as one tensor, so that a new learning rate compiles nothing anew."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        values = [scalars[name] for name in self.scalars]
+        if place is None:
+            return torch.tensor(values, dtype=dtype).to(like.device, non_blocking=True)
+        picked = [
+            v[place].to(like.device, dtype) if isinstance(v, Tensor) else torch.tensor(v, dtype=dtype) for v in values
+        ]
+        return torch.stack([v.to(like.device, non_blocking=True) for v in picked])
+
+    def _run_together(self, rows: list[tuple[Tensor, ...]], scalars: Mapping[str, float | Tensor]) -> None:
+        """Update small tensors as one long one."""
+        columns = list(zip(*rows, strict=True))
+        joined = {
+            name: _wide(torch.cat([t.view(-1) for t in tensors]))
+            for name, tensors in zip(self.tensors, columns, strict=True)
+        }
+        new = self.function(**joined, **scalars)
+        sizes = [tensor.numel() for tensor in columns[0]]
+        for name, tensors in zip(self.tensors, columns, strict=True):
+            if name in self.writes:
+                torch._foreach_copy_([t.view(-1) for t in tensors], list(new[name].split(sizes)))
+
+    # --- PyTorch as it is -------------------------------------------------------------------------------------------
+
+    def _run_eager(
+        self,
+        lists: list[Sequence[Stored]],
+        scalars: Mapping[str, float | Tensor],
+        rounding: Rounding,
+        low: Sequence[Tensor] | None,
+    ) -> dict[str, Tensor]:
+        first = lists[0][0]
+        device = first.codes.device if isinstance(first, Packed) else first.device
+        totals = torch.zeros(len(lists[0]), len(self.sums), dtype=torch.float64, device=device)
+        for k, row in enumerate(zip(*lists, strict=True)):
+            numbers = {name: v[k].item() if isinstance(v, Tensor) else v for name, v in scalars.items()}
+            seed = mix_number(rounding.seed + k * 0x9E3779B9) if rounding.mode == "stochastic" else 0
+            store = Rounding(rounding.mode, seed)
+            for start, part, rest in _blocks(row, None if low is None else low[k]):
+                named = dict(zip(self.tensors, part, strict=True))
+                values = {name: _read(t, rest if name == "p" else None) for name, t in named.items()}
+                new = self.function(**values, **numbers)
+                for name in self.writes:
+                    is_weight = name == "p"
+                    _write(named[name], new[name], store if is_weight else NEAREST, rest if is_weight else None, start)
+                for place, name in enumerate(self.sums):
+                    totals[k, place] += new[name].sum(dtype=torch.float64)
+        return {name: totals[:, place] for place, name in enumerate(self.sums)}
+
+
+def _signature(row: Sequence[Stored], rounding: Rounding, names: Sequence[str]) -> tuple[str, ...]:
+    """Return how each tensor of a row is stored, then the device; ``strided`` rows are left to PyTorch."""
+    kinds = []
+    for name, tensor in zip(names, row, strict=True):
+        if isinstance(tensor, Packed):
+            kinds.append(tensor.kind if tensor.codes.is_contiguous() else "strided")
+            device = tensor.codes.device.type
+            continue
+        kind = _DTYPES.get(tensor.dtype, "other")
+        if name == "p" and kind == "bfloat16" and rounding.mode != "nearest":
+            kind = rounding.mode
+        kinds.append(kind if tensor.is_contiguous() else "strided")
+        device = tensor.device.type
+    return (*kinds, device)
+
+
+_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+
+
+@functools.cache
+def _native(kernel: Kernel, kinds: tuple[str, ...]) -> Callable[..., None] | None:
+    if "other" in kinds or "strided" in kinds:
+        return None
+    lines, results = kernel._traced
+    return native.load(native.source(lines, results, dict(zip(kernel.tensors, kinds, strict=True)), kernel.scalars))
+
+
+@functools.cache
+def _compiled(kernel: Kernel, kinds: tuple[str, ...]) -> Callable[..., Tensor]:
+    def flat(numbers: Tensor, *tensors: Tensor) -> Tensor:
+        return _in_place(kernel, numbers, *tensors)
+
+    # A code object of its own: Dynamo counts recompilations per code object, and all kernels share this one.
+    own = types.FunctionType(flat.__code__.replace(), flat.__globals__, f"{kinds}", None, flat.__closure__)
+    return torch.compile(own, dynamic=True, fullgraph=True)
+
+
+def _in_place(kernel: Kernel, numbers: Tensor, *tensors: Tensor) -> Tensor:
+    """Update the tensors of one parameter and return the sums."""
+    scalars = dict(zip(kernel.scalars, numbers.unbind(), strict=True))
+    named = dict(zip(kernel.tensors, tensors, strict=True))
+    new = kernel.function(**{name: _wide(tensor) for name, tensor in named.items()}, **scalars)
+    for name in kernel.writes:
+        named[name].copy_(new[name])
+    return torch.stack([numbers.sum(dtype=torch.float64) * 0, *(new[s].double().sum() for s in kernel.sums)])[1:]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return torch.utils._triton.has_triton()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return `tensor` in the format to compute in."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def _blocks(row: Sequence[Stored], low: Tensor | None) -> Iterator[tuple[int, list[Stored], Tensor | None]]:
+    """Yield parts of the tensors of a row that fit a cache, each with the number of its first element."""
+    packed = next((t for t in row if isinstance(t, Packed)), None)
+    shape = packed.codes.shape if packed is not None else row[0].shape
+    if shape.numel() == 0:
+        return
+    if packed is None and all(t.is_contiguous() for t in row):
+        rest = None if low is None else low.view(-1)
+        flat = [t.view(-1) for t in row]
+        for start in range(0, shape.numel(), EAGER_BLOCK):
+            cut = slice(start, start + EAGER_BLOCK)
+            yield start, [t[cut] for t in flat], None if rest is None else rest[cut]
+        return
+    inner = max(1, shape[1:].numel())
+    rows = max(1, EAGER_BLOCK // inner)
+    for top in range(0, shape[0] if shape else 1, rows):
+        cut = slice(top, top + rows) if shape else ...
+        part = [Packed(t.codes[cut], t.scales[cut]) if isinstance(t, Packed) else t[cut] for t in row]
+        yield top * inner, part, None if low is None else low[cut]
+
+
+def _read(stored: Stored, low: Tensor | None) -> Tensor:
+    values = stored.unpack() if isinstance(stored, Packed) else _wide(stored)
+    return values if low is None else values + low.float()
+
+
+def _write(stored: Stored, values: Tensor, rounding: Rounding, low: Tensor | None, start: int) -> None:
+    if isinstance(stored, Packed):
+        stored.pack(values)
+    elif rounding.mode == "stochastic" and stored.dtype == torch.bfloat16:
+        stored.copy_(round_randomly(values.contiguous(), rounding.seed, start))
+    else:
+        stored.copy_(values)
+        if low is not None:
+            low.copy_(values - stored.float())

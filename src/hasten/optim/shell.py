@@ -1,0 +1,367 @@
+"""The one `torch.optim.Optimizer`: groups, each under a rule of its own, stepped, saved and loaded together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.errors import RecipeError, nearest
+from hasten.optim.modifiers import MODIFIERS, check_modifiers, is_modified, modified_update
+from hasten.optim.plan import Plan
+from hasten.optim.plan import plan as make_plan
+from hasten.optim.rule import Group, Rule, Work, check_number
+from hasten.optim.sharding import local
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
+
+# Settings that every group has, whatever its rule.
+COMMON: dict[str, Any] = {
+    "decay_follows_lr": True,
+    "rounding": "nearest",
+    "seed": 0,
+    "state_format": "float32",
+    **MODIFIERS,
+}
+# What groups may carry besides: names for people, torch's own and the group builder's.
+NOTES = (
+    "params",
+    "param_names",
+    "rule",
+    "name",
+    "kind",
+    "parameter_names",
+    "lr_scale",
+    "initial_lr",
+    "split_sizes",
+    "split_dim",
+)
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+FORMATS = ("float32", "8bit")
+
+
+class RuledOptimizer(torch.optim.Optimizer):
+    """Groups of parameters, each with a rule (``group["rule"]``) and all of its settings in the group.
+
+    Every optimizer of hasten is one of these; mixed rules (Muon for matrices, AdamW for the rest) are one object with
+    one `state_dict`. ``step()`` never changes gradients. State is float32 also for bfloat16 weights, and stays so when
+    it is loaded. Not for complex or sparse tensors.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups of them. A group may name its own ``rule``; without one
+            it has the main rule, and parameters that this one cannot take (vectors, for a matrix rule) go to a
+            second group under the rule's rest.
+        rule: the main rule.
+        **settings: of the main rule and, where its rest has them too, of the rest; or common to all:
+            ``rounding`` of bfloat16 weights (``nearest``; ``stochastic`` with ``seed``; ``kahan`` keeps what is cut off in
+            a second bfloat16), ``state_format`` (``float32`` or ``8bit``), ``decay_follows_lr`` (False: the decay stays at
+            ``initial_lr * weight_decay`` whatever the schedule), ``cautious``, ``cautious_decay``, ``hyperball``, ``ema``
+            and ``ema_share`` (see `hasten.optim.modifiers`).
+
+    Raises:
+        RecipeError: a setting is unknown or out of range, a group is empty, or a parameter is in two groups.
+    """
+
+    def __init__(self, params: Params, rule: Rule, **settings: Any) -> None:
+        self._main = rule.name
+        self._settings = {"lr": rule.settings["lr"], "weight_decay": rule.settings["weight_decay"], **settings}
+        self._evaluating = False
+        groups = self._as_groups(params)
+        self._refuse_unknown(groups)
+        torch._C._log_api_usage_once("hasten.optim")
+        super().__init__(groups, {"lr": self._settings["lr"], "weight_decay": self._settings["weight_decay"]})
+
+    # --- groups -----------------------------------------------------------------------------------------------------
+
+    def _as_groups(self, params: Params) -> list[Group]:
+        if isinstance(params, (Tensor, str)) or not isinstance(params, Iterable):
+            raise RecipeError(f"The optimizer was given a {type(params).__name__}; give model.parameters() or groups.")
+        given = list(params)
+        if not given:
+            raise RecipeError("The optimizer was given no parameters; give model.parameters(), which can be read once.")
+        groups = given if isinstance(given[0], dict) else [{"params": given}]
+        return [part for group in groups for part in self._split(dict(group))]
+
+    def _split(self, group: Group) -> Iterator[Group]:
+        """Yield `group` with a rule, and what the main rule cannot take as a group under its rest."""
+        members = group["params"]
+        group["params"] = members = [members] if isinstance(members, Tensor) else list(members)
+        label = repr(group["name"]) if "name" in group else "with no name"
+        if not members:
+            raise RecipeError(f"The group {label} has no parameters; leave it out, or put parameters into it.")
+        main = _rule(self._main)
+        if "rule" in group or not main.only_matrices:
+            yield {"rule": self._main, **group}
+            return
+        for is_matrix, rule in ((True, main.name), (False, main.rest)):
+            part = [m for m in members if ((m[1] if isinstance(m, tuple) else m).ndim >= 2) == is_matrix]
+            if part:
+                name = (
+                    {"name": f"{group['name']} ({'matrices' if is_matrix else 'vectors'})"} if "name" in group else {}
+                )
+                yield {**group, **name, "rule": rule, "params": part}
+
+    def _refuse_unknown(self, groups: list[Group]) -> None:
+        main = _rule(self._main)
+        known = set(COMMON).union(main.settings, *(_rule(group["rule"]).settings for group in groups))
+        if main.only_matrices:
+            known.update(_rule(main.rest).settings)
+        for setting in self._settings:
+            if setting not in known:
+                raise RecipeError(
+                    f"optimizer.{setting} is no setting of {self._main}{nearest(setting, known)}; it has "
+                    f"{', '.join(sorted(known))}."
+                )
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group; what it does not say is filled in from its rule and from the settings of the whole.
+
+        Raises:
+            RecipeError: as for the class.
+        """
+        for group in self._split(dict(param_group)):
+            rule, main = _rule(group["rule"]), _rule(self._main)
+            known = {*rule.settings, *COMMON, *NOTES}
+            if unknown := next((key for key in group if key not in known), None):
+                raise RecipeError(
+                    f"{unknown} is no setting of {rule.name}{nearest(unknown, known)}; it has "
+                    f"{', '.join(sorted({*rule.settings, *COMMON}))}."
+                )
+            inherited = self._settings if rule.name == main.name else self._for_the_rest(rule, main)
+            for key, default in {**rule.settings, **COMMON}.items():
+                group.setdefault(key, inherited.get(key, default))
+            _check(group, rule)
+            self._refuse_parameters(group)
+            super().add_param_group(group)
+
+    def _for_the_rest(self, rule: Rule, main: Rule) -> dict[str, Any]:
+        settings = dict(main.rest_settings) if rule.name == main.rest else {}
+        return {**{k: v for k, v in self._settings.items() if k not in settings}, **settings}
+
+    def _refuse_parameters(self, group: Group) -> None:
+        seen = {p for other in self.param_groups for p in other["params"]}
+        for place, member in enumerate(group["params"]):
+            name, parameter = member if isinstance(member, tuple) else (None, member)
+            if name is None:
+                names = group.get("parameter_names") or ()
+                name = names[place] if place < len(names) else f"number {place}"
+            if not isinstance(parameter, Tensor):
+                raise RecipeError(f"An optimizer takes parameters; {name} is a {type(parameter).__name__}.")
+            if not parameter.is_floating_point():
+                raise RecipeError(
+                    f"Parameter {name} is {parameter.dtype}; only real floating-point ones can be trained."
+                )
+            if not parameter.is_leaf and not parameter.retains_grad:
+                raise RecipeError(f"Parameter {name} is computed from others; give the nn.Parameter itself.")
+            if parameter in seen:
+                raise RecipeError(f"Parameter {name} is in two groups; each step would update it twice.")
+            seen.add(parameter)
+
+    # --- stepping ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; gradients stay as they are.
+
+        Args:
+            closure: computes and returns the loss anew, as in torch.
+
+        Returns:
+            What `closure` returned; None without one.
+
+        Raises:
+            RecipeError: in evaluation mode, or a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._evaluating:
+            raise RecipeError("The optimizer holds its evaluation weights; call optimizer.train() before step().")
+        works = self._works()
+        for name in dict.fromkeys(work.group["rule"] for work in works):
+            rule = _rule(name)
+            mine = [work for work in works if work.group["rule"] == name]
+            if plain := [work for work in mine if not is_modified(work.group)]:
+                rule.update(plain)
+            if modified := [work for work in mine if is_modified(work.group)]:
+                modified_update(rule, modified)
+        if works:
+            torch._foreach_add_([state["step"] for work in works for state in work.states], 1.0)
+        return loss
+
+    def _works(self) -> list[Work]:
+        """Return what there is to update, by group and by how often it was updated; new parameters get their state."""
+        works: list[Work] = []
+        for group in self.param_groups:
+            by_step: dict[float, Work] = {}
+            rule = None
+            for parameter in group["params"]:
+                grad = parameter.grad
+                if grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    rule = rule or _rule(group["rule"])
+                    if grad.is_sparse:
+                        raise RecipeError("A gradient is sparse; build the nn.Embedding with sparse=False.")
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state.update(rule.init(parameter, group))
+                    if group["ema"] > 0:
+                        state["ema"] = parameter.detach().to(
+                            torch.promote_types(parameter.dtype, torch.float32), copy=True
+                        )
+                done = state["step"].item()
+                work = by_step.get(done)
+                if work is None:
+                    work = by_step[done] = Work(group, [], [], [], int(done) + 1)
+                    works.append(work)
+                work.params.append(parameter)
+                work.grads.append(grad)
+                work.states.append(state)
+        return works
+
+    # --- what an optimizer may ask of the loop ----------------------------------------------------------------------
+
+    @property
+    def estimate_every(self) -> int:
+        """Steps between two extra passes over sampled labels; 0 where no group wants one."""
+        wishes = [g["estimate_every"] for g in self.param_groups if _rule(g["rule"]).estimate is not None]
+        return min(wishes, default=0)
+
+    @torch.no_grad()
+    def estimate(self) -> None:
+        """Take the present gradients, of a mean loss over labels that the model itself sampled, into the state."""
+        works = self._works()
+        for name in dict.fromkeys(work.group["rule"] for work in works):
+            if (take := _rule(name).estimate) is not None:
+                take([work for work in works if work.group["rule"] == name])
+
+    def set_horizon(self, total_steps: int) -> None:
+        """Tell the optimizer how many steps the whole run has; settings given as a share of it follow."""
+        for group in self.param_groups:
+            if "total_steps" in group:
+                group["total_steps"] = total_steps
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the weights to evaluate and export with into the parameters; no change for most optimizers.
+
+        `train` brings the trained weights back bit for bit.
+        """
+        if self._evaluating:
+            return
+        self._evaluating = True
+        for group in self.param_groups:
+            averaged = _rule(group["rule"]).averaged
+            if averaged is None and not group["ema"]:
+                continue
+            params = [p for p in group["params"] if self.state[p]]
+            states = [self.state[p] for p in params]
+            for parameter, state in zip(params, states, strict=True):
+                state["trained"] = parameter.detach().clone()
+            if averaged is not None:
+                averaged(Work(group, params, [], states, 0))
+            else:
+                for parameter, state in zip(params, states, strict=True):
+                    local(parameter).copy_(
+                        torch.lerp(local(parameter).to(state["ema"].dtype), local(state["ema"]), group["ema_share"])
+                    )
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put the trained weights back after `eval`; no change otherwise."""
+        self._evaluating = False
+        for parameter, state in self.state.items():
+            if "trained" in state:
+                local(parameter).copy_(local(state.pop("trained")))
+
+    # --- saving and loading -----------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take state and settings over; tensors are copied and keep their own number format.
+
+        A state of torch.optim with the same names (AdamW, Adam, SGD, RMSprop) is taken as well.
+
+        Raises:
+            RecipeError: it is the state of another rule or another state format.
+        """
+        now = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        for mine, theirs in zip(now, state_dict["param_groups"], strict=False):
+            for key in ("rule", "state_format"):
+                if theirs.get(key, mine[key]) != mine[key]:
+                    raise RecipeError(
+                        f"The state to load was saved with {key}={theirs[key]!r}, and this optimizer has "
+                        f"{key}={mine[key]!r}; build it as the saved one was."
+                    )
+        super().load_state_dict(dict(state_dict))
+        order = [p for group in self.param_groups for p in group["params"]]
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for parameter, key in zip(order, saved, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                # torch casts to the parameter's format, which would cut float32 state of bfloat16 weights.
+                if isinstance(value, Tensor):
+                    device = value.device if name == "step" else parameter.device
+                    self.state[parameter][name] = value.detach().to(device, copy=True)
+                elif name == "step":
+                    self.state[parameter][name] = torch.tensor(float(value))
+        for group, before in zip(self.param_groups, now, strict=True):
+            for key, value in before.items():
+                group.setdefault(key, value)
+        self._evaluating = any("trained" in state for state in self.state.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_main": self._main,
+            "_settings": self._settings,
+            "_evaluating": self._evaluating,
+        }
+
+    # --- for people -------------------------------------------------------------------------------------------------
+
+    def plan(self, *, tokens_per_step: int | None = None) -> Plan:
+        """Return a table to print: every parameter, its group, rule, decay, lr scale and bytes of state.
+
+        Args:
+            tokens_per_step: tokens of an optimizer step; with it, rules that would cost much beside it are named.
+        """
+        names: dict[Tensor, str] = {}
+        for number, group in enumerate(self.param_groups):
+            listed = group.get("parameter_names") or group.get("param_names")
+            for place, parameter in enumerate(group["params"]):
+                names[parameter] = listed[place] if listed else f"group {number}, parameter {place}"
+        return make_plan(self.param_groups, names, _state_bytes, tokens_per_step=tokens_per_step)
+
+
+def _rule(name: str) -> Rule:
+    from hasten.optim import RULES  # The table stands beside the classes, which stand on this file.
+
+    if name not in RULES:
+        raise RecipeError(f"rule={name!r} is unknown{nearest(name, RULES)}; give {', '.join(RULES)}.")
+    return RULES[name]
+
+
+def _state_bytes(parameter: Tensor, group: Group) -> int:
+    bare = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    state = _rule(group["rule"]).init(bare, group)
+    ema = parameter.numel() * 4 if group["ema"] else 0
+    return ema + sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def _check(group: Group, rule: Rule) -> None:
+    for name in ("lr", "weight_decay"):
+        if not isinstance(group[name], Tensor):
+            check_number(group, name)
+    for name, allowed in (("rounding", ROUNDINGS), ("state_format", FORMATS)):
+        if group[name] not in allowed:
+            near = difflib.get_close_matches(str(group[name]), allowed, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"optimizer.{name}={group[name]!r} is unknown{hint}; give one of {', '.join(allowed)}.")
+    if group["state_format"] == "8bit" and not rule.has_8bit:
+        raise RecipeError(f"optimizer.state_format='8bit' is not to be had for {rule.name}; leave it out.")
+    check_modifiers(group, rule)
+    rule.check(group)
