@@ -22,7 +22,7 @@ MAX_LINES = 400
 # A room imports only rooms of a lower layer; files of one room may import each other. `errors` is the ground.
 LAYERS = (
     {"errors"},
-    {"duration", "schedules", "distributed"},
+    {"cache", "duration", "schedules", "distributed"},
     {"data", "model", "optim", "clip", "precision"},
     {"recipe"},
     {"checks", "evaluation", "generation", "exports", "checkpoint", "record", "guard", "pacing"},

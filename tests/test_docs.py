@@ -34,7 +34,7 @@ def test_the_parts_shown_in_the_readme_run() -> None:
     parts = next(block for block in blocks if "as_lr_scheduler" in block)
     says = "print([group['name'] for group in opt.param_groups])"
     done = subprocess.run([sys.executable, "-c", f"{parts}\n{says}"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['matrices', 'embeddings', 'vectors']"
+    assert done.stdout.strip() == "['head', 'embeddings', 'vectors']"
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hasten.cache import cache_root
 from hasten.data import encoders, preparation
 from hasten.data.corpus import CorpusSpec, open_corpus
-from hasten.data.preparation import cache_root, prepare
+from hasten.data.preparation import prepare
 from hasten.data.sampling import sample
 from hasten.data.shards import PreparedData
 from hasten.data.tokenizer import DOCUMENT_TEXT, byte_tokenizer, train_bpe

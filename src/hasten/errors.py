@@ -36,13 +36,15 @@ class RunError(HastenError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``", did you mean 'x'?"`` for the closest of `known`, or ``""`` when none is close.
+    """Return ``", did you mean 'x'?"`` for the closest of `known` (two where both are as close), ``""`` when none is.
 
     Example:
         >>> nearest("wieght_decay", ["lr", "weight_decay"])
         ", did you mean 'weight_decay'?"
     """
     close = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.6)
+    alike = [difflib.SequenceMatcher(None, word, name).ratio() for word in close]
+    close = [word for word, ratio in zip(close, alike, strict=True) if ratio > alike[0] - 0.1]
     return f", did you mean {' or '.join(repr(word) for word in close)}?" if close else ""
 
 

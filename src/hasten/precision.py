@@ -18,6 +18,16 @@ PRECISIONS: dict[str, torch.dtype] = {
 }
 
 
+class Estimating(Protocol):
+    """An optimizer that takes the gradients of an extra pass into its state."""
+
+    param_groups: list[dict[str, Any]]
+
+    def estimate(self) -> None: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+
 class Clipped(Protocol):
     """What a clip returns: the global norm before clipping, and whether anything was changed."""
 
@@ -130,6 +140,20 @@ class Precision:
             self.sync()
         optimizer.zero_grad(set_to_none=True)
         return StepReport(report.norm, report.clipped, is_skipped, scale)
+
+    def estimate(self, optimizer: Estimating) -> None:
+        """Give `optimizer` the gradients of an extra pass, unscaled, and drop them; none that overflowed.
+
+        Args:
+            optimizer: over the masters; one whose ``estimate_every`` is above 0.
+        """
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self._scaler.is_enabled():
+            for gradient in gradients:
+                gradient.div_(self._scaler.get_scale())
+        if not self._scaler.is_enabled() or all(bool(gradient.isfinite().all()) for gradient in gradients):
+            optimizer.estimate()
+        optimizer.zero_grad(set_to_none=True)
 
     def _overflowed(self, scale: float) -> bool:
         """Update the loss scale and say whether this step's gradients overflowed at `scale`."""

@@ -39,6 +39,9 @@ def export(
     else:
         loaded = checkpoint.load(folder.checkpoints / f"step-{step:08d}")
     config = ModelConfig(**loaded.state["model"])
-    place = write(loaded.tensors["model"], config, load_tokenizer(folder.tokenizer), to, dtype=dtype)
+    weights = loaded.tensors.get(
+        "averaged", loaded.tensors["model"]
+    )  # What the optimizer wants read, where it averages.
+    place = write(weights, config, load_tokenizer(folder.tokenizer), to, dtype=dtype)
     typer.echo(f"step {loaded.step} as {dtype} in {printable(str(place))}")
     return 0

@@ -8,7 +8,7 @@ import torch
 
 from hasten import checkpoint
 from hasten.evaluation import Evaluation, evaluate_shards
-from hasten.loop.state import State, capture
+from hasten.loop.state import State, capture, weights_to_evaluate
 from hasten.loop.steps import Teller
 from hasten.loop.timetable import Timetable
 from hasten.record import RunFolder
@@ -27,13 +27,14 @@ def between_steps(state: State, folder: RunFolder, timetable: Timetable, tell: T
 
 def validate(state: State, *, max_tokens: int | None) -> Evaluation:
     """Evaluate the run's model on its held-out text: about `max_tokens` of it, spread evenly, or the whole."""
-    return evaluate_shards(
-        state.model,
-        state.data.val,
-        seq_len=state.recipe.lengths.seq_len,
-        document_token=state.data.document_token,
-        max_tokens=max_tokens,
-    )
+    with weights_to_evaluate(state):
+        return evaluate_shards(
+            state.model,
+            state.data.val,
+            seq_len=state.recipe.lengths.seq_len,
+            document_token=state.data.document_token,
+            max_tokens=max_tokens,
+        )
 
 
 def save(state: State, folder: RunFolder, tell: Teller) -> float:

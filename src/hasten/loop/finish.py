@@ -11,7 +11,7 @@ from hasten.evaluation import baselines
 from hasten.exports import export
 from hasten.generation import generate
 from hasten.loop.between import save, validate
-from hasten.loop.state import State
+from hasten.loop.state import State, weights_to_evaluate
 from hasten.loop.steps import Teller
 from hasten.model import count_parameters
 from hasten.record import RunFolder, write_result
@@ -57,14 +57,15 @@ def finish(state: State, folder: RunFolder, tell: Teller) -> Result:
         whole=True,
     )
     tokenizer = state.data.tokenizer
-    export(
-        state.precision.named_masters(),
-        state.config,
-        tokenizer,
-        folder.final,
-        document_token=state.data.document_token,
-    )
-    text = "".join(generate(state.model, tokenizer, max_tokens=SAMPLE_TOKENS, seed=state.seed))
+    with weights_to_evaluate(state):
+        export(
+            state.precision.named_masters(),
+            state.config,
+            tokenizer,
+            folder.final,
+            document_token=state.data.document_token,
+        )
+        text = "".join(generate(state.model, tokenizer, max_tokens=SAMPLE_TOKENS, seed=state.seed))
     tell("sample", prompt="", text=text)
     values = {
         "val_loss": evaluation.loss,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from hasten.data.shards import PreparedData
 from hasten.errors import RecipeError
 from hasten.guard import Guard
 from hasten.model import Decoder, ModelConfig
+from hasten.optim import RuledOptimizer
 from hasten.optim import optimizer as build_optimizer
 from hasten.precision import Precision
 from hasten.recipe import Recipe
@@ -27,6 +29,8 @@ STATE_FORMAT = 1
 # A micro-batch on a CPU is kept near the caches; on a GPU the logits bound it.
 CPU_MICRO_TOKENS = 4096
 GPU_LOGITS_BYTES = 4 << 30
+# Steps that an optimizer is told of a wall-clock budget until the first plan, which comes before the first step.
+UNPLANNED = 10**9
 
 
 @dataclass
@@ -61,7 +65,7 @@ class State:
     model: Decoder
     forward: nn.Module
     precision: Precision
-    optimizer: torch.optim.Optimizer
+    optimizer: RuledOptimizer
     clip: Clip
     batches: PackedBatches
     guard: Guard
@@ -147,6 +151,16 @@ def start(
         )
     micro_rows = recipe.batch.micro_rows or auto_micro_rows(rows_per_step, seq_len, data.vocab_size, device)
     precision = Precision(model, recipe.precision.name)
+    batches = PackedBatches(
+        data.train,
+        seq_len=seq_len,
+        rows_per_step=rows_per_step,
+        micro_rows=micro_rows,
+        seed=seed,
+        document_mask=recipe.data.document_mask,
+    )
+    tokens_per_step = rows_per_step * seq_len
+    steps = horizon if horizon is not None else budget_steps(recipe, tokens_per_step, batches.steps_per_epoch)
     state = State(
         recipe=recipe,
         data=data,
@@ -154,37 +168,53 @@ def start(
         model=model,
         forward=model,
         precision=precision,
-        optimizer=build_optimizer(model, master=precision.master, **recipe.optimizer.model_dump()),
-        clip=recipe.clip.build(),
-        batches=PackedBatches(
-            data.train,
-            seq_len=seq_len,
-            rows_per_step=rows_per_step,
-            micro_rows=micro_rows,
-            seed=seed,
-            document_mask=recipe.data.document_mask,
+        optimizer=build_optimizer(
+            model,
+            recipe.optimizer.name,
+            master=precision.master,
+            total_steps=steps or UNPLANNED,
+            tokens_per_step=tokens_per_step,
+            **recipe.optimizer.settings(tokens_per_step=tokens_per_step),
         ),
+        clip=recipe.clip.build(),
+        batches=batches,
         guard=Guard(),
         device=device,
         seed=seed,
     )
-    steps = horizon if horizon is not None else budget_steps(state)
     if steps is not None:
         set_horizon(state, steps)
     return state
 
 
-def budget_steps(state: State) -> int | None:
+def budget_steps(recipe: Recipe, tokens_per_step: int, steps_per_epoch: float) -> int | None:
     """Return the optimizer steps that the recipe's budget asks for; None for a wall-clock budget."""
-    return state.recipe.budget.to_steps(
-        total_steps=None, tokens_per_step=state.tokens_per_step, steps_per_epoch=state.batches.steps_per_epoch
-    )
+    return recipe.budget.to_steps(total_steps=None, tokens_per_step=tokens_per_step, steps_per_epoch=steps_per_epoch)
 
 
 def set_horizon(state: State, total_steps: int) -> None:
     """Fix the horizon of a run that has none: its progress map and the schedules that live on it."""
     state.progress = Progress(((0, 0.0), (total_steps, 1.0)))
+    state.optimizer.set_horizon(total_steps)
     build_schedule(state, total_steps)
+
+
+def replan(state: State, total_steps: int) -> None:
+    """Give the rest of the run another number of steps, as a new knot of its progress."""
+    state.progress = state.progress.replanned(state.step, total_steps)
+    state.optimizer.set_horizon(total_steps)
+
+
+@contextmanager
+def weights_to_evaluate(state: State) -> Iterator[None]:
+    """Have the model hold, inside the block, the weights that its optimizer wants evaluated and exported."""
+    state.optimizer.eval()
+    state.precision.sync()
+    try:
+        yield
+    finally:
+        state.optimizer.train()
+        state.precision.sync()
 
 
 def build_schedule(state: State, total_steps: int) -> None:
@@ -206,6 +236,9 @@ def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
         "optimizer": optimizer_tensors,
         "random": {"torch": torch.get_rng_state()},
     }
+    if state.optimizer.averages:
+        with weights_to_evaluate(state):
+            tensors["averaged"] = {name: p.detach().clone() for name, p in state.precision.named_masters().items()}
     plain = {
         "format": STATE_FORMAT,
         "step": state.step,

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hasten.data.batches import Batch
 from hasten.loop.state import State
 from hasten.model import loss_sum
+from hasten.model.loss import NO_TARGET
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def train_step(state: State) -> StepReport:
     update = state.precision.step(state.optimizer, state.clip)
 
     state.step += 1
+    if _estimate_is_due(state):
+        _estimate(state, batches, num_targets)
     state.row += state.batches.rows_per_step
     state.tokens += num_targets
     done = time.perf_counter()
@@ -126,6 +131,28 @@ def train_step(state: State) -> StepReport:
         seconds=state.clock.seconds,
         step_seconds=done - began,
     )
+
+
+def _estimate_is_due(state: State) -> bool:
+    every = state.optimizer.estimate_every
+    return every > 0 and state.step % every == 0
+
+
+def _estimate(state: State, batches: list[Batch], num_targets: int) -> None:
+    """Give the optimizer gradients of a loss over labels that the model draws itself, in place of the text's.
+
+    What is drawn depends on the seed and the step alone, so a resumed run draws the same.
+    """
+    generator = torch.Generator(device=state.device).manual_seed(state.seed * 1_000_003 + state.step)
+    for batch in batches:
+        with torch.no_grad():
+            logits_BTV = state.model(batch.tokens_BT, batch.document_ids_BT)
+            chances_NV = torch.softmax(logits_BTV.float(), -1).flatten(0, 1)
+            drawn_BT = torch.multinomial(chances_NV, 1, generator=generator).view_as(batch.labels_BT)
+        labels_BT = torch.where(batch.labels_BT == NO_TARGET, batch.labels_BT, drawn_BT.to(batch.labels_BT.dtype))
+        share = loss_sum(state.forward, batch.tokens_BT, labels_BT, batch.document_ids_BT) / num_targets
+        state.precision.backward(share)
+    state.precision.estimate(state.optimizer)
 
 
 def _tell(state: State, step: int, report: StepReport, hooks: tuple[Hook, ...]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from hasten.duration import Duration
 from hasten.loop.compiling import choose_compile
-from hasten.loop.state import State, set_horizon
+from hasten.loop.state import State, replan, set_horizon
 from hasten.loop.steps import Teller
 from hasten.model import loss_sum
 from hasten.pacing import Pace, steps_that_fit, worth_planning_again
@@ -104,7 +104,7 @@ class Timetable:
         if not worth_planning_again(state.step, state.total_steps, fitting):
             return
         before = state.total_steps
-        state.progress = state.progress.replanned(state.step, fitting)
+        replan(state, fitting)
         self._tell(
             "replan",
             total_steps=fitting,

@@ -19,7 +19,7 @@ class Projection:
 
     Args:
         weight: of two dimensions.
-        output_dim: 0 where rows are outputs, as in ``nn.Linear``; 1 where columns are.
+        output_dim: -2 where rows are outputs, as in ``nn.Linear``; -1 where columns are.
     """
 
     weight: nn.Parameter
@@ -28,7 +28,7 @@ class Projection:
     @property
     def inputs(self) -> int:
         """Width of what it reads."""
-        return self.weight.shape[1 - self.output_dim]
+        return self.weight.shape[-3 - self.output_dim]
 
     @property
     def outputs(self) -> int:

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from hasten.errors import RecipeError, nearest
-from hasten.optim.kinds import KINDS, Kind, kinds_of
+from hasten.optim.kinds import COLUMNS, KINDS, ROWS, Kind, kinds_of
 from hasten.optim.rule import Group
 from hasten.optim.sharding import local
 
 # Rules that act on whole matrices, and the kinds that they are for: elsewhere they lose to an element-wise rule.
-MATRIX_RULES = frozenset({"muon", "normuon", "soap", "soapmuon", "mars"})
+MATRIX_RULES = frozenset({"muon", "normuon", "soap", "soap_muon", "mars"})
+# What else they need to know of a matrix, unless they are element-wise at heart.
+FORM = ("split_sizes", "split_dim", "as_matrix")
+FORMLESS = frozenset({"mars"})
 MATRIX_KINDS = frozenset({"matrices", "experts", "convolutions"})
 UNDECAYED = frozenset({"embeddings", "vectors"})
 RESERVED = frozenset({"name", "kind", "params", "parameter_names"})
@@ -52,15 +55,16 @@ def parameter_groups(
         overrides: settings by pattern over parameter names, such as ``{"*.lm_head.*": {"lr_scale": 0.2}}``, or
             ``{"*.c_attn.weight": {"split_sizes": None}}``. Names are as in ``model.named_parameters()`` with a dot in
             front; a tied parameter answers to all its names. Patterns may meet if they do not contradict each other.
-            Whatever is not ``weight_decay``, ``rule``, ``lr_scale``, ``split_sizes`` or ``split_dim`` is a setting of
-            the rule and goes into the group as it is.
+            What is not ``weight_decay``, ``rule``, ``lr_scale``, ``split_sizes``, ``split_dim`` or ``as_matrix`` is a
+            setting of the rule and goes into the group as it is.
 
     Returns:
         groups with ``name``, ``kind``, ``params``, ``parameter_names``, ``weight_decay``, ``rule`` and ``lr_scale``,
         in the order of `hasten.optim.kinds.KINDS`; every trainable parameter in exactly one, no group empty. Under a
-        matrix rule also ``split_sizes`` (the matrices fused in one, None for one matrix) and ``split_dim`` (the output
-        dimension of a matrix, 0 or 1; see `hasten.optim.kinds.Kind`), a group for each. Where a kind needs several
-        groups, the name says what is particular: ``matrices (split 384+128+128)``.
+        matrix rule other than MARS also ``split_sizes`` (the matrices fused in one, None for one matrix), ``split_dim``
+        (the output dimension of a matrix, -2 or -1) and for convolutions ``as_matrix`` (see
+        `hasten.optim.kinds.Kind`), a group for each. Where a kind needs several groups, the name says what is
+        particular: ``matrices (split 384+128+128)``.
 
     Raises:
         RecipeError: a setting is out of range; a pattern matches nothing, or two contradict each other; a matrix rule
@@ -87,13 +91,14 @@ def parameter_groups(
     for name, parameter in trained:
         kind, extra = found[parameter], chosen.get(parameter, {})
         settings = defaults[kind.name] | extra
-        particular = [f"{key}={value}" for key, value in sorted(extra.items()) if defaults[kind.name].get(key) != value]
-        if settings["rule"] in MATRIX_RULES:
-            settings |= _matrix_settings(name, parameter, kind, settings)
-            particular = [*_form(settings), *(text for text in particular if not text.startswith("split_"))]
-        else:
-            settings = {key: value for key, value in settings.items() if not key.startswith("split_")}
-            particular = [text for text in particular if not text.startswith("split_")]
+        form = _matrix_form(name, parameter, kind, settings) if settings["rule"] in MATRIX_RULES else {}
+        settings = {key: value for key, value in settings.items() if key not in FORM} | form
+        particular = [
+            f"{key}={value}"
+            for key, value in sorted(extra.items())
+            if key not in FORM and defaults[kind.name].get(key) != value
+        ]
+        particular = _form_in_words(kind.name, form) + particular
         title = f"{kind.name} ({', '.join(particular)})" if particular else kind.name
         empty = {"name": title, "kind": kind.name, "params": [], "parameter_names": []}
         group = groups.setdefault((kind.name, title), empty | settings)
@@ -221,34 +226,46 @@ def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
         raise RecipeError(f"{where}.weight_decay={decay} is out of range; give a finite number of at least 0.")
     if not 0.0 < scale < float("inf"):
         raise RecipeError(f"{where}.lr_scale={scale} is out of range; give a finite number above 0.")
-    if settings.get("split_dim", 0) not in (0, 1):
-        raise RecipeError(f"{where}.split_dim={settings['split_dim']} is out of range; give 0 (rows) or 1 (columns).")
+    if settings.get("split_dim", ROWS) not in (ROWS, COLUMNS):
+        raise RecipeError(f"{where}.split_dim={settings['split_dim']} is out of range; give -2 (rows) or -1 (columns).")
 
 
-def _matrix_settings(name: str, parameter: nn.Parameter, kind: Kind, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``split_sizes`` and ``split_dim``, from `settings` or else from the module tree."""
+def _matrix_form(name: str, parameter: nn.Parameter, kind: Kind, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `FORM` lists, from `settings` or else from the module tree."""
     rule = settings["rule"]
     if parameter.ndim < 2:
         raise RecipeError(f"{name} has {parameter.ndim} dimensions, and {rule} is for matrices; give it another rule.")
+    if rule in FORMLESS:
+        return {}
     dim = settings.get("split_dim", kind.split_dim)
-    if "split_sizes" not in settings:
-        return {"split_sizes": kind.split_sizes if dim == kind.split_dim else None, "split_dim": dim}
-    sizes = None if settings["split_sizes"] is None else tuple(settings["split_sizes"])
-    rows = parameter.shape[0] if kind.name == "convolutions" else parameter.shape[-2]
-    width = (rows, parameter[0].numel() if kind.name == "convolutions" else parameter.shape[-1])[dim]
-    if sizes is not None and (sum(sizes) != width or not all(isinstance(size, int) and size > 0 for size in sizes)):
-        raise RecipeError(
-            f"split_sizes={sizes} do not fit {name}; give whole numbers above 0 that add up to its {width} "
-            f"{('rows', 'columns')[dim]}."
-        )
-    return {"split_sizes": sizes, "split_dim": dim}
+    as_matrix = settings.get("as_matrix", kind.as_matrix)
+    found = kind.split_sizes if dim == kind.split_dim else None
+    sizes = settings.get("split_sizes", found)
+    if sizes is not None:
+        sizes = tuple(sizes)
+        is_flat = as_matrix == "flatten" or parameter.ndim > 3
+        width = ((parameter.shape[0], parameter[0].numel()) if is_flat else parameter.shape)[dim]
+        if sum(sizes) != width or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise RecipeError(
+                f"split_sizes={sizes} do not fit {name}; give whole numbers above 0 that add up to its {width} "
+                f"{'rows' if dim == ROWS else 'columns'}."
+            )
+    return {"split_sizes": sizes, "split_dim": dim} | ({"as_matrix": as_matrix} if as_matrix else {})
 
 
-def _form(settings: Mapping[str, Any]) -> list[str]:
-    sizes = settings["split_sizes"] or ()
+def _form_in_words(kind: str, form: Mapping[str, Any]) -> list[str]:
+    """Return what is particular about the form of a matrix of this kind; different forms give different words."""
+    sizes = form.get("split_sizes") or ()
     is_long = len(sizes) > 4 and len(set(sizes)) == 1
     text = f"{len(sizes)} x {sizes[0]}" if is_long else "+".join(map(str, sizes))
-    return ["transposed"] * settings["split_dim"] + ([f"split {text}"] if sizes else [])
+    is_flat, is_convolution = form.get("as_matrix") == "flatten", kind == "convolutions"
+    words = {
+        "flattened": is_flat and not is_convolution,
+        "stacked": form and is_convolution and not is_flat,
+        "transposed": form.get("split_dim") == COLUMNS,
+        f"split {text}": sizes,
+    }
+    return [word for word, applies in words.items() if applies]
 
 
 def _list(words: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.LayerNorm, nn.RMSNorm)  # torch's own that can have weights of two dimensions
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 EPSILONS = ("eps", "epsilon", "variance_epsilon", "norm_eps")
+ROWS, COLUMNS = -2, -1
 # A head may be padded to a rounder number than the vocabulary (50257 to 50304), by at most this share.
 PADDING = 0.01
 
@@ -27,13 +28,16 @@ class Kind:
     Args:
         name: one of `KINDS`.
         split_sizes: widths of the matrices that were fused into one along `split_dim`; None for one matrix.
-        split_dim: the output dimension of the matrix: 0 for rows (``nn.Linear``), 1 for columns (``Conv1D`` of
-            transformers). Matrices are the last two dimensions, of a convolution (first, all the others).
+        split_dim: the output dimension of the matrix: -2 for rows (``nn.Linear``), -1 for columns (``Conv1D`` of
+            transformers).
+        as_matrix: ``"flatten"`` where the first dimension and all the others are the matrix (convolutions); None where
+            the last two dimensions are.
     """
 
     name: str
     split_sizes: tuple[int, ...] | None = None
-    split_dim: int = 0
+    split_dim: int = ROWS
+    as_matrix: str | None = None
 
 
 def kinds_of(model: nn.Module) -> dict[nn.Parameter, Kind]:
@@ -126,18 +130,18 @@ def _by_itself(module: nn.Module, parameter: nn.Parameter) -> Kind:
     if isinstance(module, _ConvNd):
         is_depthwise = module.groups > 1 and shape[1] == 1
         if is_depthwise or shape[0] == 1 or parameter.numel() == shape[0]:
-            return Kind("gates")
-        is_grouped = module.groups > 1
-        return Kind("convolutions", (shape[0] // module.groups,) * module.groups if is_grouped else None)
+            return Kind("gates", as_matrix="flatten")
+        parts = (shape[0] // module.groups,) * module.groups if module.groups > 1 else None
+        return Kind("convolutions", parts, as_matrix="flatten")
     if len(shape) > 2 and shape[0] == 1:
         return Kind("embeddings")
     if 1 in shape[-2:]:
         return Kind("gates")
     if len(shape) > 2:
-        return Kind("experts", split_dim=int(vars(module).get("is_transposed", False)))
+        return Kind("experts", split_dim=COLUMNS if vars(module).get("is_transposed", False) else ROWS)
     if isinstance(module, nn.RNNBase) and shape[0] > module.hidden_size and shape[0] % module.hidden_size == 0:
         return Kind("matrices", (module.hidden_size,) * (shape[0] // module.hidden_size))
-    return Kind("matrices", split_dim=int(_is_transposed(module, parameter)))
+    return Kind("matrices", split_dim=_output_dim(module, parameter))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -147,9 +151,9 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORMS) or (has_epsilon and not is_other and len({p.shape for p in _own(module)}) == 1)
 
 
-def _is_transposed(module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether `module` multiplies by its weight from the right, as ``Conv1D`` of transformers, which has ``nf``."""
-    return vars(module).get("nf") == parameter.shape[1]
+def _output_dim(module: nn.Module, parameter: nn.Parameter) -> int:
+    """Return columns for what multiplies from the right, as ``Conv1D`` of transformers, which has ``nf``; else rows."""
+    return COLUMNS if vars(module).get("nf") == parameter.shape[1] else ROWS
 
 
 def _projection(module: nn.Module) -> Projection | None:
@@ -158,7 +162,7 @@ def _projection(module: nn.Module) -> Projection | None:
     is_leaf = not any(True for _ in module.children())
     if len(matrices) != 1 or not is_leaf or isinstance(module, (*EMBEDDINGS, _ConvNd)) or _is_norm(module):
         return None
-    return Projection(matrices[0], int(_is_transposed(module, matrices[0])))
+    return Projection(matrices[0], _output_dim(module, matrices[0]))
 
 
 def _only_projection(module: nn.Module) -> Projection | None:
@@ -197,7 +201,7 @@ def _among_neighbours(module: nn.Module) -> dict[nn.Parameter, Kind]:
         raw = (
             []
             if isinstance(module, nn.RNNBase)
-            else [Projection(p, 0) for p in own if p.ndim == 2 and 1 not in p.shape]
+            else [Projection(p, ROWS) for p in own if p.ndim == 2 and 1 not in p.shape]
         )
         projections = raw + [projection for child in children if (projection := _only_projection(child))]
         for weight, sizes, dim in fused_parts(module, projections):
@@ -209,7 +213,7 @@ def _among_neighbours(module: nn.Module) -> dict[nn.Parameter, Kind]:
     numbers = {p.shape[0] for p in stacks} | {len(c) for c in children if isinstance(c, nn.ModuleList) and _alike(c)}
     routers = [(child, only) for child in children if (only := _only_matrix(child)) is not None]
     for child, parameter in [*((module, p) for p in own if p.ndim == 2), *routers]:
-        if parameter.shape[int(_is_transposed(child, parameter))] in numbers:
+        if parameter.shape[_output_dim(child, parameter)] in numbers:
             found[parameter] = Kind("gates")
     beside = [p for p in own if p.ndim == 2 and any(p.shape[0] == stack.shape[0] for stack in stacks)]
     if len(beside) >= max(2, sum(_is_stack(p) for p in own)):  # one bias for each of the expert stacks
@@ -243,9 +247,9 @@ def _fused_stacks(module: nn.Module, stacks: list[nn.Parameter]) -> dict[nn.Para
         for down in stacks:
             if up is down or up.shape[0] != down.shape[0]:
                 continue
-            for dim in (0, 1):
-                width, inputs = up.shape[1 + dim], up.shape[2 - dim]
-                if width == 2 * down.shape[2 - dim] and inputs == down.shape[1 + dim]:
+            for dim, other in ((ROWS, COLUMNS), (COLUMNS, ROWS)):
+                width = up.shape[dim]
+                if width == 2 * down.shape[other] and up.shape[other] == down.shape[dim]:
                     halves = Kind("experts", None if is_alternating else (width // 2, width // 2), dim)
                     found |= {up: halves, down: replace(halves, split_sizes=None)}
     return found

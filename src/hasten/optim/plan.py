@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from torch import Tensor
 
+from hasten.optim.matrices import SETTINGS, matrix_shape, parts
 from hasten.optim.rule import Group
 
 # An optimizer that adds more than this to a training step deserves a larger batch.
@@ -39,7 +41,7 @@ class Row:
     @property
     def numel(self) -> int:
         """How many numbers the parameter has."""
-        return _product(self.shape)
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def plan(
             (6 operations per weight and token). A tied embedding counts, as a head; one beside a head does not.
 
     Example:
-        >>> weight = Tensor(4, 2)
+        >>> import torch
+        >>> weight = torch.zeros(4, 2)
         >>> print(plan([{"name": "matrices", "rule": "lion", "weight_decay": 0.1, "params": [weight]}], {weight: "w"},
         ...            lambda parameter, group: 4 * parameter.numel()))
         parameter    shape  group     rule  decay  lr scale  state
@@ -123,25 +126,20 @@ def plan(
 # --- cost -----------------------------------------------------------------------------------------------------------
 
 
-def matrices_of(shape: Sequence[int], group: Group) -> list[tuple[int, int, int]]:
-    """Return ``(count, rows, columns)`` of the matrices that a matrix rule sees in a parameter of this shape.
-
-    The last two dimensions are a matrix; of a convolution, the first and all the others. ``split_sizes`` along
-    ``split_dim`` make several of it.
+def matrices_of(parameter: Tensor, group: Group) -> list[tuple[int, int, int]]:
+    """Return ``(count, rows, columns)`` of the matrices that a matrix rule sees in a parameter.
 
     Example:
-        >>> matrices_of((8, 64, 32), {"split_sizes": (32, 32), "split_dim": 0})
+        >>> import torch
+        >>> matrices_of(torch.zeros(8, 64, 32), {"split_sizes": (32, 32)})
         [(8, 32, 32), (8, 32, 32)]
     """
-    if len(shape) < 2:
+    if parameter.ndim < 2:
         return []
-    is_convolution = group.get("kind") == "convolutions"
-    count = 1 if is_convolution else _product(shape[:-2])
-    rows, columns = (shape[0], _product(shape[1:])) if is_convolution else (shape[-2], shape[-1])
-    sizes, dim = group.get("split_sizes"), group.get("split_dim", 0)
-    if sizes is None:
-        return [(count, rows, columns)]
-    return [(count, rows, size) if dim else (count, size, columns) for size in sizes]
+    settings = {**SETTINGS, **group}
+    *stack, rows, columns = matrix_shape(parameter, settings)
+    sizes = [[stop - start for start, stop in (part.rows, part.columns)] for part in parts((rows, columns), settings)]
+    return [(math.prod(stack), *size) for size in sizes]
 
 
 def muon_operations(rows: int, columns: int, group: Group) -> float:
@@ -174,11 +172,11 @@ OPERATIONS: dict[str, tuple[Callable[[int, int, Group], float], ...]] = {
     "muon": (muon_operations,),
     "normuon": (muon_operations,),
     "soap": (soap_operations,),
-    "soapmuon": (soap_operations, muon_operations),
+    "soap_muon": (soap_operations, muon_operations),
 }
 ADVICE = {
     "soap": "a larger batch, one_sided=True or a higher precondition_frequency makes it cheaper",
-    "soapmuon": "a larger batch, one_sided=True or a higher precondition_frequency makes it cheaper",
+    "soap_muon": "a larger batch, one_sided=True or a higher precondition_frequency makes it cheaper",
 }
 
 
@@ -194,7 +192,7 @@ def _warnings(groups: Sequence[Group], tokens_per_step: int) -> tuple[str, ...]:
             for group in groups
             if group.get("rule") == rule
             for parameter in group["params"]
-            for count, rows, columns in matrices_of(parameter.shape, group)
+            for count, rows, columns in matrices_of(parameter, group)
             for cost in costs
         )
         if training and operations > WARNED_SHARE * training:
@@ -263,10 +261,3 @@ def _operations(number: float) -> str:
 def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-
-
-def _product(sizes: Iterable[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product

@@ -189,40 +189,51 @@ class RuledOptimizer(torch.optim.Optimizer):
                 rule.update(plain)
             if modified := [work for work in mine if is_modified(work.group)]:
                 modified_update(rule, modified)
-        if works:
-            torch._foreach_add_([state["step"] for work in works for state in work.states], 1.0)
+        for work in works:
+            work.states[0]["step"] += 1.0
         return loss
 
     def _works(self) -> list[Work]:
-        """Return what there is to update, by group and by how often it was updated; new parameters get their state."""
+        """Return what there is to update, by group and by how often it was updated; new parameters get their state.
+
+        Parameters that were always updated together share one ``step`` tensor, which is counted up once.
+        """
         works: list[Work] = []
         for group in self.param_groups:
-            by_step: dict[float, Work] = {}
-            rule = None
+            by_step: dict[int, Work] = {}
+            fresh: Tensor | None = None
+            idle: list[dict[str, Tensor]] = []
             for parameter in group["params"]:
                 grad = parameter.grad
+                state = self.state.get(parameter)
                 if grad is None:
+                    if state:
+                        idle.append(state)
                     continue
-                state = self.state[parameter]
                 if not state:
-                    rule = rule or _rule(group["rule"])
-                    if grad.is_sparse:
-                        raise RecipeError("A gradient is sparse; build the nn.Embedding with sparse=False.")
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state.update(rule.init(parameter, group))
-                    if group["ema"] > 0:
-                        state["ema"] = parameter.detach().to(
-                            torch.promote_types(parameter.dtype, torch.float32), copy=True
-                        )
-                done = state["step"].item()
-                work = by_step.get(done)
+                    fresh = torch.zeros(()) if fresh is None else fresh
+                    state = self.state[parameter] = self._first_state(parameter, group, fresh)
+                step = state["step"]
+                work = by_step.get(id(step))
                 if work is None:
-                    work = by_step[done] = Work(group, [], [], [], int(done) + 1)
+                    # Through numpy, because it is a tensor of the CPU: nothing waits for a device.
+                    work = by_step[id(step)] = Work(group, [], [], [], int(step.numpy()) + 1)
                     works.append(work)
                 work.params.append(parameter)
                 work.grads.append(grad)
                 work.states.append(state)
+            for state in idle:
+                if id(state["step"]) in by_step:
+                    state["step"] = state["step"].clone()
         return works
+
+    def _first_state(self, parameter: Tensor, group: Group, step: Tensor) -> dict[str, Tensor]:
+        if parameter.grad.is_sparse:
+            raise RecipeError("A gradient is sparse; build the nn.Embedding with sparse=False.")
+        state = {"step": step, **_rule(group["rule"]).init(parameter, group)}
+        if group["ema"] > 0:
+            state["ema"] = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+        return state
 
     # --- what an optimizer may ask of the loop ----------------------------------------------------------------------
 
@@ -246,6 +257,11 @@ class RuledOptimizer(torch.optim.Optimizer):
             if "total_steps" in group:
                 group["total_steps"] = total_steps
 
+    @property
+    def averages(self) -> bool:
+        """Whether `eval` changes the weights: they are then trained as one thing and evaluated as another."""
+        return any(_rule(group["rule"]).averaged is not None or group["ema"] > 0 for group in self.param_groups)
+
     @torch.no_grad()
     def eval(self) -> None:
         """Put the weights to evaluate and export with into the parameters; no change for most optimizers.
@@ -259,7 +275,7 @@ class RuledOptimizer(torch.optim.Optimizer):
             averaged = _rule(group["rule"]).averaged
             if averaged is None and not group["ema"]:
                 continue
-            params = [p for p in group["params"] if self.state[p]]
+            params = [p for p in group["params"] if self.state.get(p)]
             states = [self.state[p] for p in params]
             for parameter, state in zip(params, states, strict=True):
                 state["trained"] = parameter.detach().clone()
@@ -298,16 +314,18 @@ class RuledOptimizer(torch.optim.Optimizer):
                         f"{key}={mine[key]!r}; build it as the saved one was."
                     )
         super().load_state_dict(dict(state_dict))
-        order = [p for group in self.param_groups for p in group["params"]]
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for parameter, key in zip(order, saved, strict=True):
+        order = [(p, number) for number, group in enumerate(self.param_groups) for p in group["params"]]
+        shared: dict[tuple[int, float], Tensor] = {}
+        for (parameter, number), key in zip(order, saved, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
-                # torch casts to the parameter's format, which would cut float32 state of bfloat16 weights.
-                if isinstance(value, Tensor):
-                    device = value.device if name == "step" else parameter.device
-                    self.state[parameter][name] = value.detach().to(device, copy=True)
-                elif name == "step":
-                    self.state[parameter][name] = torch.tensor(float(value))
+                if name == "step":
+                    done = float(value)
+                    step = shared.setdefault((number, done), torch.tensor(done))
+                    self.state[parameter][name] = step
+                elif isinstance(value, Tensor):
+                    # torch casts to the parameter's format, which would cut float32 state of bfloat16 weights.
+                    self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
         for group, before in zip(self.param_groups, now, strict=True):
             for key, value in before.items():
                 group.setdefault(key, value)

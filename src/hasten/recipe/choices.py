@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from hasten.duration import Duration
 from hasten.errors import RecipeError
-from hasten.recipe.fields import Choices, Count, Sources, Span, SpanOrNone, Text, as_tuple
-from hasten.recipe.schema import Expected
+from hasten.recipe.fields import Choices, Count, Sources, Span, SpanOrNone, Text
 
 if TYPE_CHECKING:
     from hasten.clip import ClipBoth, ClipNorm, ClipValue, NoClip
@@ -140,28 +139,6 @@ class BatchChoices(Choices):
 
     tokens: Count = 2048
     micro_rows: Count | None = None
-
-
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class AdamWChoices(Choices):
-    """AdamW.
-
-    Args:
-        lr: peak learning rate.
-        weight_decay: decoupled decay per step, times the learning rate; matrices only.
-        betas: decay rates of the two moments, each in [0, 1).
-        eps: added to the denominator.
-    """
-
-    name: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0.0, le=100.0)] = 0.005
-    weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.1
-    betas: Annotated[
-        tuple[Beta, Beta], BeforeValidator(as_tuple), Expected("a list of two numbers of at least 0 and below 1")
-    ] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
 
 
 class WarmupChoices(Choices):

@@ -18,7 +18,6 @@ from hasten.duration import Duration
 from hasten.errors import RecipeError, nearest, printable
 from hasten.recipe import names
 from hasten.recipe.choices import (
-    AdamWChoices,
     BatchChoices,
     CheckpointChoices,
     ClipNormChoices,
@@ -33,6 +32,7 @@ from hasten.recipe.choices import (
 )
 from hasten.recipe.fields import Choices, Span, Text
 from hasten.recipe.names import Given
+from hasten.recipe.optimizers import AdamWChoices, Optimizers
 from hasten.recipe.schema import Expected, Schema
 from hasten.recipe.settings import combine, read_mapping, read_overrides, read_toml, sentence
 
@@ -44,7 +44,7 @@ class Recipe(Choices):
 
     Args:
         data, model, lengths, batch, optimizer, schedule, clip, precision, evaluate, checkpoint: tables, each
-            described at its class in `hasten.recipe.choices`.
+            described at its class in `hasten.recipe.choices` or `hasten.recipe.optimizers`.
         compile: whether the forward pass is compiled; ``auto`` where a compiler exists and the run pays for it.
         budget: when the run ends: steps, tokens, epochs or wall-clock time.
         target_loss: held-out loss (nats per token) at which the run ends early.
@@ -59,7 +59,7 @@ class Recipe(Choices):
     model: ModelChoices = ModelChoices()
     lengths: ConstantLengths = ConstantLengths()
     batch: BatchChoices = BatchChoices()
-    optimizer: AdamWChoices = AdamWChoices()
+    optimizer: Optimizers = AdamWChoices()
     schedule: Schedules = CosineChoices()
     clip: Clips = ClipNormChoices()
     precision: PrecisionChoices = PrecisionChoices()

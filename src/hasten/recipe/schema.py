@@ -71,19 +71,21 @@ class Schema:
         wanted = name or self.default_names.get(table, "")
         return fields.get(wanted, next(iter(fields.values()))).get_default(call_default_factory=True)
 
-    def expected(self, key: str) -> str:
-        """Say in a few words what a leaf accepts."""
+    def expected(self, key: str, name: str = "") -> str:
+        """Say in a few words what a leaf accepts, in the variant called `name` where there are several."""
         if key.endswith(".name"):
             names = self.names(key[: -len(".name")])
             return one_of(names)
-        return describe(next(iter(self.leaves[key].values())))
+        fields = self.leaves[key]
+        return describe(fields.get(name, next(iter(fields.values()))))
 
-    def unknown(self, given: Given, more_names: Mapping[str, str]) -> RecipeError:
+    def unknown(self, given: Given, more_names: Mapping[str, str], chosen: Mapping[str, str]) -> RecipeError:
         """Return the refusal of a key that does not exist, with the nearest that do.
 
         Args:
             given: the setting.
             more_names: other accepted names, each with the key it sets.
+            chosen: the name that each table has so far.
         """
         table, _, leaf = given.key.partition(".")
         if given.key.count(".") > 1 or (leaf and table in self.leaves):
@@ -98,7 +100,9 @@ class Schema:
         if table in self.tables:
             siblings = {key.partition(".")[2]: key for key in self.leaves if key.startswith(f"{table}.")}
             hint = _meant(nearest(leaf, siblings), siblings) or _meant(nearest(leaf, targets), targets)
-            hint = hint or f"; {table} has {', '.join(siblings.values())}."
+            fields = self.tables[table].get(chosen.get(table, ""), next(iter(self.tables[table].values()))).model_fields
+            listed = [key for leaf, key in siblings.items() if leaf in fields]
+            hint = hint or f"; {table} has {', '.join(listed)}."
         else:
             wanted = leaf or table
             hint = _meant(nearest(given.key, targets), targets) or _meant(nearest(wanted, targets), targets)

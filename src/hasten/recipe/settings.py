@@ -127,7 +127,7 @@ def combine(schema: Schema, layers: Sequence[Sequence[Given]], more_names: Mappi
     for number, layer in enumerate(layers):
         here: dict[str, Given] = {}
         for given in layer:
-            given = _settled(schema, given, more_names)
+            given = _settled(schema, given, more_names, names)
             if given.key in here:
                 raise RecipeError(f"{given.key} is given twice, as {here[given.key]} and as {given}; keep one.")
             here[given.key] = given
@@ -147,7 +147,7 @@ def combine(schema: Schema, layers: Sequence[Sequence[Given]], more_names: Mappi
     return nested
 
 
-def _settled(schema: Schema, given: Given, more_names: Mapping[str, str]) -> Given:
+def _settled(schema: Schema, given: Given, more_names: Mapping[str, str], chosen: Mapping[str, str]) -> Given:
     """Return `given` with the full key of a leaf and a value of that leaf's kind."""
     if given.key in schema.tables:
         siblings = [key for key in schema.leaves if key.startswith(given.key + ".")]
@@ -155,7 +155,7 @@ def _settled(schema: Schema, given: Given, more_names: Mapping[str, str]) -> Giv
             raise RecipeError(f"{given} sets a whole table: name one of its keys, {', '.join(siblings)}.")
         given = replace(given, key=f"{given.key}.name")
     if given.key not in schema.leaves:
-        raise schema.unknown(given, more_names)
+        raise schema.unknown(given, more_names, chosen)
     table, _, leaf = given.key.rpartition(".")
     if leaf == "name" and given.value not in schema.names(table):
         shown = given.raw if given.raw is not None else given.value
@@ -219,13 +219,14 @@ def sentence(error: ValidationError, schema: Schema, layers: Sequence[Sequence[G
     told = str(first["ctx"]["error"]) if first["type"] == "value_error" else ""
     table = location[0] if location else ""
     key = next((f"{table}.{leaf}" for leaf in location[1:] if f"{table}.{leaf}" in schema.leaves), table)
+    variant = next((part for part in location[1:] if part in schema.tables.get(table, ())), "")
     if key not in schema.leaves:
         return RecipeError(told or f"{table or 'The recipe'}: {first['msg']}.")
     given = next((g for layer in reversed(layers) for g in layer if g.key in (key, table)), None)
     value = first["input"] if given is None else given.value
     if told:
         return RecipeError(f"{key}: {told}" if given is None else f"{_shown(key, value, given)}: {told}")
-    return RecipeError(f"{_shown(key, value, given)}: expected {schema.expected(key)}.")
+    return RecipeError(f"{_shown(key, value, given)}: expected {schema.expected(key, variant)}.")
 
 
 def _shown(key: str, value: Any, given: Given | None) -> str:

@@ -1,0 +1,274 @@
+"""SOAP, Adam in the eigenbasis of Shampoo's statistics, for matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.optim.eigenbasis import add_outer_, complete_, first_basis, next_basis
+from hasten.optim.exchange import balanced, held_rows
+from hasten.optim.matrices import SETTINGS as MATRIX_SETTINGS
+from hasten.optim.matrices import apply, matrix_shape, parts, sharded_dim
+from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
+from hasten.optim.sharding import local
+
+SETTINGS: dict[str, Any] = {
+    "lr": 3e-3,
+    "betas": (0.95, 0.95),
+    "shampoo_beta": None,
+    "eps": 1e-8,
+    "precondition_frequency": 10,
+    "spread_refresh": True,
+    "max_precond_dim": 10000,
+    "one_sided": False,
+    "kl": False,
+    "correct_bias": True,
+    "weight_decay": 0.01,
+    **MATRIX_SETTINGS,
+}
+# Where the authors of KL-SOAP start the eigenvalues, and the least that they divide by (one over 4000 squared).
+KL_FIRST_EIGENVALUE = 0.1
+KL_LARGEST_FACTOR = 4000
+
+
+@dataclass
+class Block:
+    """One matrix (or stack of matrices) with its two sides.
+
+    Args:
+        gradient: [..., rows, columns], in the dtype of the state.
+        first: ``exp_avg``, turned into the bases.
+        second: ``exp_avg_sq``, of the turned gradient.
+        state: of the parameter; statistic, basis (and eigenvalues) of a side are under ``<name>_<side><suffix>``.
+        suffix: "" or the number of the block in a split parameter.
+        sides: which of "rows" and "columns" have a basis.
+    """
+
+    gradient: Tensor
+    first: Tensor
+    second: Tensor
+    state: dict[str, Tensor]
+    suffix: str
+    sides: tuple[str, ...]
+
+    def of(self, name: str, side: str) -> Tensor:
+        """Return a tensor of the state that belongs to a side."""
+        return self.state[f"{name}_{side}{self.suffix}"]
+
+    def turn(self, matrix: Tensor, *, back: bool = False) -> Tensor:
+        """Return `matrix` in the bases, or from the bases; the cheaper side first makes no difference."""
+        for side in self.sides:
+            basis = self.of("basis", side)
+            basis = basis.mT if back else basis
+            matrix = basis.mT @ matrix if side == "rows" else matrix @ basis
+        return matrix
+
+
+def init(parameter: Tensor, group: Group) -> dict[str, Tensor]:
+    """Return moments and, for each side with a basis, ``statistic``, ``basis`` and with ``kl`` ``eigenvalues``.
+
+    All of it whole at every process where the parameter is sharded.
+
+    Raises:
+        RecipeError: `split_sizes` do not fit the shape.
+    """
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    whole = torch.zeros(parameter.shape, dtype=dtype, device=local(parameter).device)
+    state = {"exp_avg": whole, "exp_avg_sq": whole.clone()}
+    shape = matrix_shape(parameter, group)
+    for block in _blocks(shape, group, whole.view(shape), state):
+        for side in block.sides:
+            size = whole.new_zeros(block.gradient.shape[:-2]).shape
+            length = _length(block.gradient, side)
+            key = f"{side}{block.suffix}"
+            state[f"statistic_{key}"] = whole.new_zeros(*size, length, length)
+            state[f"basis_{key}"] = torch.eye(length, dtype=dtype, device=whole.device).repeat(*size, 1, 1)
+            if group["kl"]:
+                state[f"eigenvalues_{key}"] = whole.new_full((*size, length), KL_FIRST_EIGENVALUE)
+    return state
+
+
+def check(group: Group) -> None:
+    """Refuse settings that are out of range.
+
+    Raises:
+        RecipeError: names the setting.
+    """
+    check_betas(group)
+    if group["shampoo_beta"] is not None:
+        check_number(group, "shampoo_beta", high=1.0)
+    check_number(group, "eps")
+    check_number(group, "precondition_frequency", low=1)
+    check_number(group, "max_precond_dim")
+
+
+def update(works: list[Work]) -> None:
+    """Apply one step of SOAP.
+
+    With bases L and R of the statistics (averages of ``g g^T`` and ``g^T g``): ``g' = L^T g R``; m and v are averages of
+    g' and its square; ``p <- p - lr sqrt(c2) / c1 L (m / (sqrt(v) + eps)) R^T``, then ``p <- p (1 - lr wd)``. The first
+    gradient only gives the bases. Every ``precondition_frequency`` steps a basis takes one step of orthogonal iteration.
+
+    Source: Vyas et al., arXiv:2409.11321, and the authors' code. Same numbers with fewer products: m stays in the bases
+    and is turned only when they change (6 products a step instead of 10). Ours differs where `spread_refresh` is on: the
+    matrices of a group refresh at different steps, so that no step takes much longer than others. Tensors of four and
+    more dimensions are taken as matrices, those of three as stacks; the authors turn every dimension.
+
+    ``one_sided`` keeps only the basis of the shorter side (rows of a square). ``kl`` weighs each statistic with the other
+    side's inverse eigenvalues, ``g R diag(1 / r) R^T g^T / columns`` (KL-SOAP, arXiv:2509.03378, and its authors' code).
+    """
+    for weight, direction, group, step in directions(works):
+        correction = bias_correction(group, step)
+        lr = float(group["lr"])
+        keep = 1.0 - lr * group["weight_decay"]
+        apply(weight, direction, keep=keep, step_size=lr * correction * keep)
+
+
+def bias_correction(group: Group, step: int) -> float:
+    """Return ``sqrt(1 - beta2^t) / (1 - beta1^t)``; the first gradient does not count."""
+    if not group["correct_bias"]:
+        return 1.0
+    beta1, beta2 = group["betas"]
+    return math.sqrt(1.0 - beta2 ** (step - 1)) / (1.0 - beta1 ** (step - 1))
+
+
+def directions(
+    works: list[Work], finish: Callable[[Tensor, Group, tuple[int, ...]], Tensor] | None = None
+) -> Iterator[tuple[Tensor, Tensor, Group, int]]:
+    """Move the state of every parameter; yield (local weight, its direction, group, step), but nothing at step 1.
+
+    Args:
+        works: what to update.
+        finish: changes a whole direction, given with its group and shape as matrix, before the local part is taken.
+    """
+    for work in works:
+        slots = refresh_slots(work.group.get("params", work.params), work.group)
+        for parameter, gradient, state in zip(work.params, work.grads, work.states):
+            weight = local(parameter)
+            whole = gradient if local(gradient) is gradient else gradient.full_tensor()
+            shape = matrix_shape(parameter, work.group)
+            matrix = whole.to(state["exp_avg"].dtype).reshape(shape)
+            blocks = _blocks(shape, work.group, matrix, state)
+            if work.step == 1:
+                for block in blocks:
+                    _start(block, work.group)
+                continue
+            turned = _step(blocks, work.group, matrix, (work.step - 1 + slots[parameter]))
+            direction = finish(turned, work.group, shape) if finish else turned
+            if weight is not parameter:
+                direction = _local_rows(direction, parameter)
+            yield weight, direction, work.group, work.step
+
+
+def refresh_slots(params: Sequence[Tensor], group: Group) -> dict[Tensor, int]:
+    """Return for each parameter how many steps early it refreshes: equal work in every step of a period.
+
+    A function of the shapes alone, so that a resumed run goes on the same way.
+    """
+    frequency = int(group["precondition_frequency"])
+    if not group["spread_refresh"] or frequency == 1:
+        return dict.fromkeys(params, 0)
+    costs = [sum(size**3 for size in parameter.shape) for parameter in params]
+    return dict(zip(params, balanced(costs, frequency)))
+
+
+def _blocks(shape: tuple[int, ...], group: Group, gradient: Tensor, state: dict[str, Tensor]) -> list[Block]:
+    split = parts(shape, group)
+    first, second = state["exp_avg"].view(shape), state["exp_avg_sq"].view(shape)
+    return [
+        Block(
+            part.of(gradient),
+            part.of(first),
+            part.of(second),
+            state,
+            f"_{number}" if len(split) > 1 else "",
+            _sides(part.of(gradient), group),
+        )
+        for number, part in enumerate(split)
+    ]
+
+
+def _sides(matrix: Tensor, group: Group) -> tuple[str, ...]:
+    rows, columns = matrix.shape[-2:]
+    sides = ("rows", "columns")
+    if group["one_sided"]:
+        sides = ("rows",) if rows <= columns else ("columns",)
+    # One row or column has nothing to turn.
+    return tuple(side for side in sides if 1 < _length(matrix, side) <= group["max_precond_dim"])
+
+
+def _length(matrix: Tensor, side: str) -> int:
+    return matrix.shape[-2 if side == "rows" else -1]
+
+
+def _start(block: Block, group: Group) -> None:
+    beta = _statistic_beta(group)
+    for side in block.sides:
+        statistic, factor = block.of("statistic", side), _factor(block, side)
+        # As the authors do, to the last bit and at any size: see `add_outer_`.
+        statistic.lerp_(factor @ factor.mT, 1.0 - beta)
+        block.of("basis", side).copy_(first_basis(statistic))
+
+
+def _step(blocks: list[Block], group: Group, matrix: Tensor, clock: int) -> Tensor:
+    beta1, beta2 = group["betas"]
+    direction = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+    for block, part in zip(blocks, parts(tuple(matrix.shape), group)):
+        turned = block.turn(block.gradient)
+        block.first.lerp_(turned, 1.0 - beta1)
+        block.second.mul_(beta2).addcmul_(turned, turned, value=1.0 - beta2)
+        scaled = torch.div(block.first, block.second.sqrt().add_(group["eps"]), out=turned)
+        part.of(direction).copy_(block.turn(scaled, back=True))
+        _move_statistics(block, group)
+        if clock % int(group["precondition_frequency"]) == 0:
+            _refresh(block)
+    return direction
+
+
+def _move_statistics(block: Block, group: Group) -> None:
+    for side in block.sides:
+        add_outer_(block.of("statistic", side), _factor(block, side), beta=_statistic_beta(group))
+
+
+def _statistic_beta(group: Group) -> float:
+    return group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
+
+
+def _factor(block: Block, side: str) -> Tensor:
+    return block.gradient if side == "rows" else block.gradient.mT
+
+
+def _refresh(block: Block) -> None:
+    first = block.turn(block.first, back=True)
+    for side in block.sides:
+        basis, order = next_basis(complete_(block.of("statistic", side)), block.of("basis", side))
+        block.of("basis", side).copy_(basis)
+        dim = -2 if side == "rows" else -1
+        index = order.unsqueeze(-1 if side == "rows" else -2).expand_as(block.second)
+        block.second.copy_(block.second.gather(dim, index))
+    block.first.copy_(block.turn(first))
+
+
+def _local_rows(direction: Tensor, parameter: Any) -> Tensor:
+    mesh_dim = sharded_dim(parameter)
+    if mesh_dim is None:
+        return direction
+    processes = parameter.device_mesh.get_group(mesh_dim)
+    start, stop = held_rows(parameter.shape[0], processes.rank(), processes.size())
+    return direction[start:stop]
+
+
+RULE = Rule(
+    name="soap",
+    settings=SETTINGS,
+    init=init,
+    update=update,
+    check=check,
+    only_matrices=True,
+    is_elementwise=False,
+)

@@ -1,0 +1,234 @@
+"""Every optimizer walks the path of the plain reference written from its paper, for 100 steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import reference_matrix_optimizers
+import reference_optimizers
+import torch
+from optimizer_problems import (
+    MATRICES,
+    SHAPES,
+    STEPS,
+    Gradients,
+    Shapes,
+    distance,
+    follow,
+    noisy_quadratic,
+    now_and_then,
+    parameters,
+    sequence,
+    weights,
+)
+from reference_optimizers import Reference
+
+import hasten.optim
+
+ELEMENTWISE, SOAP, MUON = 1e-6, 1e-4, 1e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer under one set of settings.
+
+    Args:
+        name: of the class, here and among the references.
+        settings: of both.
+        bound: largest relative distance of the two paths.
+        shapes: of the weights.
+        scale: of the first weights.
+        ours: settings that only ours has.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    bound: float = ELEMENTWISE
+    shapes: Shapes = SHAPES
+    scale: float = 0.1
+    ours: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.settings.items())])
+
+    def start(self) -> tuple[list[torch.Tensor], list[torch.nn.Parameter], torch.optim.Optimizer, Reference]:
+        """Return first weights, parameters of them, our optimizer over these, and the reference."""
+        first = weights(self.shapes, scale=self.scale)
+        params = parameters(first)
+        plain = vars(reference_optimizers) | vars(reference_matrix_optimizers)
+        optimizer = getattr(hasten.optim, self.name)(params, **self.settings, **self.ours)
+        return first, params, optimizer, plain[self.name](first, **self.settings)
+
+
+def mars(**settings: Any) -> Case:
+    return Case("MARS", settings, shapes=MATRICES)
+
+
+def soap(**settings: Any) -> Case:
+    return Case("SOAP", settings, bound=SOAP, shapes=MATRICES)
+
+
+def muon(name: str = "Muon", **settings: Any) -> Case:
+    return Case(name, settings, bound=MUON, shapes=MATRICES, ours={"compute_dtype": "float32"})
+
+
+CASES = [
+    Case("AdamW", {"lr": 1e-2}),
+    Case("AdamW", {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1}),
+    Case("AdamW", {"lr": 1e-2, "weight_decay": 0.0}),
+    Case("Adam", {"lr": 1e-2}),
+    Case("Adam", {"lr": 1e-2, "betas": (0.0, 0.95), "weight_decay": 0.1}),
+    Case("SGD", {"lr": 1e-1}),
+    Case("SGD", {"lr": 1e-1, "weight_decay": 0.1}),
+    Case("SGD", {"lr": 1e-2, "momentum": 0.9}),
+    Case("SGD", {"lr": 1e-2, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}),
+    Case("SGD", {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    Case("RMSprop", {"lr": 1e-2}),
+    Case("RMSprop", {"lr": 1e-2, "alpha": 0.9}),
+    Case("RMSprop", {"lr": 1e-2, "centered": True}),
+    Case("RMSprop", {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.1}),
+    Case("RMSprop", {"lr": 1e-3, "momentum": 0.9, "centered": True, "eps": 1e-3}),
+    Case("Adafactor", {"lr": 3e-2}),
+    Case("Adafactor", {"lr": 3e-2, "beta2_decay": -0.5, "d": 2.0, "eps": (1e-4, 1e-2), "weight_decay": 0.1}),
+    Case("Lion", {"lr": 1e-2}),
+    Case("Lion", {"lr": 1e-2, "betas": (0.95, 0.98), "weight_decay": 0.1}),
+    Case("Signum", {"lr": 1e-2}),
+    Case("Signum", {"lr": 1e-2, "nesterov": False, "momentum": 0.9, "weight_decay": 0.1}),
+    Case("AdEMAMix", {"lr": 1e-2}),
+    Case("AdEMAMix", {"lr": 1e-2, "alpha": 2.0, "betas": (0.0, 0.99, 0.999), "weight_decay": 0.1}),
+    Case("AdEMAMix", {"lr": 1e-2, "alpha_warmup": 60, "beta3_warmup": 60}),
+    Case("AdEMAMix", {"lr": 1e-2, "alpha_warmup": 30, "weight_decay": 0.1}),
+    Case("AdEMAMix", {"lr": 1e-2, "beta3_warmup": 200, "betas": (0.9, 0.999, 0.99995)}),
+    Case("ADOPT", {"lr": 1e-2}),
+    Case("ADOPT", {"lr": 1e-2, "betas": (0.95, 0.99), "eps": 1e-2, "clip_exponent": 0.1, "weight_decay": 0.1}),
+    mars(lr=1e-2),
+    mars(lr=1e-2, gamma=0.1, betas=(0.9, 0.95), weight_decay=0.1),
+    mars(lr=1e-2, gamma=0.0, eps=1e-3),
+    Case("ScheduleFreeAdamW", {"lr": 1e-2}),
+    Case("ScheduleFreeAdamW", {"lr": 1e-2, "warmup_steps": 30, "weight_decay": 0.1}),
+    Case("ScheduleFreeAdamW", {"lr": 1e-2, "r": 1.0, "weight_lr_power": 1.0, "betas": (0.95, 0.99)}),
+    # From zero, or with a larger first distance: p - p0 of float32 weights of 0.1 loses all but 7 bits of a distance of
+    # 1e-6, and two correct float32 runs then end 4e-4 apart.
+    Case("Prodigy", {}, scale=0.0),
+    Case("Prodigy", {"d0": 1e-3, "use_bias_correction": True, "weight_decay": 0.1}),
+    Case("Prodigy", {"d0": 1e-3, "safeguard_warmup": True, "lr": 0.5, "beta3": 0.9}),
+    Case("Prodigy", {"d0": 1e-2, "growth_rate": 1.05, "d_coef": 2.0, "betas": (0.95, 0.99)}),
+    Case("Sophia", {"lr": 1e-2}),
+    Case("Sophia", {"lr": 1e-2, "betas": (0.9, 0.999), "rho": 0.1, "batch_tokens": 100, "weight_decay": 0.0}),
+    soap(lr=1e-2),
+    soap(lr=1e-2, precondition_frequency=1, weight_decay=0.1),
+    soap(lr=1e-2, correct_bias=False, shampoo_beta=0.9, betas=(0.9, 0.99)),
+    soap(lr=1e-2, max_precond_dim=12),
+    soap(lr=1e-2, one_sided=True),
+    muon(lr=1e-2, orthogonalization="polar_express"),
+    muon(lr=1e-2, orthogonalization="quintic", adjust_lr="original", nesterov=False),
+    muon(lr=1e-2, orthogonalization="minimax", adjust_lr="rms_to_rms", ns_steps=4, weight_decay=0.0),
+    muon(lr=1e-2, orthogonalization="polar_express", ns_steps=7, momentum=0.8),
+    muon("NorMuon", lr=1e-2),
+    muon("NorMuon", lr=1e-2, orthogonalization="quintic", adjust_lr="original", beta2=0.9),
+]
+# The first of each optimizer's cases stands for it where the settings do not matter.
+OPTIMIZERS = list({case.name: case for case in reversed(CASES)}.values())[::-1]
+
+
+def walk(case: Case, gradients: Gradients, *, lr: Callable[[int], float] | None = None) -> None:
+    """Compare the weights after all steps, and those to evaluate with where they differ."""
+    first, params, optimizer, reference = case.start()
+
+    def estimate(step: int) -> None:
+        if case.name == "Sophia" and step % 10 == 1:
+            sampled = sequence(case.shapes, seed=step)(step, params)
+            for p, g in zip(params, sampled):
+                p.grad = g.clone()
+            optimizer.estimate()
+            reference.estimate(sampled)
+
+    follow(optimizer, params, reference, gradients, lr=lr, after=estimate)
+    assert distance(params, reference.params, first) <= case.bound
+    if case.name == "ScheduleFreeAdamW":
+        optimizer.eval()
+        assert distance(params, reference.averaged(), first) <= case.bound
+        optimizer.train()
+        assert distance(params, reference.params, first) <= case.bound
+
+
+# Prodigy has no bound on a slope: its distance doubles at every step, to 1e27.
+PROBLEMS = [(case, problem) for case in CASES for problem in (sequence, noisy_quadratic)]
+PROBLEMS = [pair for pair in PROBLEMS if pair[0].name != "Prodigy" or pair[1] is noisy_quadratic]
+
+
+@pytest.mark.parametrize(("case", "problem"), PROBLEMS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_path_is_that_of_the_reference(case: Case, problem: Callable[[Shapes], Gradients]) -> None:
+    walk(case, problem(case.shapes))
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+def test_path_under_a_schedule_is_that_of_the_reference(case: Case) -> None:
+    peak = case.settings.get("lr", 1.0)
+    walk(case, noisy_quadratic(case.shapes), lr=lambda step: peak * (0.55 + 0.45 * math.cos(math.pi * step / STEPS)))
+
+
+WITH_WARMUP = [
+    Case("AdEMAMix", {"lr": 1e-2, "alpha_warmup": 60, "beta3_warmup": 60}),
+    Case("ScheduleFreeAdamW", {"lr": 1e-2, "warmup_steps": 30}),
+]
+
+
+@pytest.mark.parametrize("case", [*OPTIMIZERS, *WITH_WARMUP], ids=str)
+def test_weights_without_gradient_stay_and_count_their_own_steps(case: Case) -> None:
+    walk(case, now_and_then(noisy_quadratic(case.shapes)))
+
+
+@pytest.mark.parametrize("name", ["MARS", "SOAP", "Muon", "NorMuon"])
+def test_vectors_beside_matrices_are_updated_by_adamw(name: str) -> None:
+    first = weights(SHAPES)
+    params = parameters(first)
+    optimizer = getattr(hasten.optim, name)(params, lr=1e-2, weight_decay=0.1)
+    (rest,) = [group for group in optimizer.param_groups if group["rule"] == "adamw"]
+    assert [id(p) for p in rest["params"]] == [id(params[1])]
+    settings = {key: rest[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    reference = reference_optimizers.AdamW(first[1:2], **settings)
+    follow(optimizer, params[1:2], reference, sequence(SHAPES[1:2]))
+    assert distance(params[1:2], reference.params, first[1:2]) <= ELEMENTWISE
+
+
+TORCH = [case for case in CASES if case.name in ("AdamW", "Adam", "SGD", "RMSprop", "Adafactor")]
+
+
+@pytest.mark.parametrize("case", TORCH, ids=str)
+def test_path_is_that_of_torch(case: Case) -> None:
+    first, params, optimizer, _ = case.start()
+    others = parameters(first)
+    theirs = getattr(torch.optim, case.name)(others, **case.settings, foreach=False)
+    gradients = noisy_quadratic(case.shapes)
+    for step in range(1, STEPS + 1):
+        for p, q, g in zip(params, others, gradients(step, [q.detach() for q in others])):
+            p.grad, q.grad = g.clone(), g
+        optimizer.step()
+        theirs.step()
+    assert distance(params, others, first) <= ELEMENTWISE
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.name)
+def test_step_leaves_gradients_alone(case: Case) -> None:
+    _, params, optimizer, reference = case.start()
+    gradients = sequence(case.shapes)
+    for step in range(1, 4):
+        grads = gradients(step, reference.params)
+        for p, g in zip(params, grads):
+            p.grad = g.clone()
+        optimizer.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(params, grads))
+
+
+def test_published_polynomials_follow_from_the_paper() -> None:
+    from hasten.optim.orthogonal import POLAR_EXPRESS, minimax
+
+    for derived, ours in zip(reference_matrix_optimizers.polynomials("polar_express", 5), POLAR_EXPRESS, strict=True):
+        assert derived == pytest.approx(ours, rel=1e-12)
+    for derived, ours in zip(reference_matrix_optimizers.polynomials("minimax", 5), minimax(5), strict=True):
+        assert derived == pytest.approx(ours, rel=1e-9)
