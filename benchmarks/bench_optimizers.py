@@ -1,7 +1,8 @@
 """What a step of each of our optimizers costs beside every installed peer's, in units of torch fused AdamW.
 
     python benchmarks/bench_optimizers.py [--lists tiny,small,gpt] [--only Lion,Muon] [--steps 30] [--threads 2]
-                                          [--limit 120] [--quick] [--heavyball] [--out FOLDER] [--update]
+                                          [--limit 120] [--quick] [--without LABEL,...] [--heavyball] [--out FOLDER]
+                                          [--update]
 
 Peers: ``pip install -r benchmarks/requirements-peers.txt``; one that is not installed is reported as missing. The whole
 run takes about half an hour on two cores, ``--quick`` a few minutes. How everything is measured stands in the README
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -39,6 +41,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that everything runs")
+    parser.add_argument(
+        "--without", default="", help="labels to leave out: bfloat16 Muon takes a minute a step on AVX2"
+    )
     parser.add_argument("--heavyball", action="store_true", help="heavyball too: a minute of compiling for each")
     parser.add_argument("--out", type=Path, help="folder for result.json and README.md")
     parser.add_argument("--update", action="store_true", help="keep the families in --out that are not measured now")
@@ -98,12 +103,13 @@ def commit() -> str:
 
 def fresh_result(options: argparse.Namespace, families: list[str], lists: list[str]) -> dict[str, Any]:
     """Return the result before any measurement; with ``--update`` what ``--out`` holds of other families and lists."""
-    result: dict[str, Any] = {"rows": [], "against": [], "singular_values": []}
+    result: dict[str, Any] = {"runs": [], "rows": [], "against": [], "singular_values": []}
     before = options.out / "result.json" if options.out else None
     if options.update and before and before.exists():
         known = json.loads(before.read_text(encoding="utf-8"))
         for key in ("rows", "against"):
             result[key] = [row for row in known[key] if row["family"] not in families or row["list"] not in lists]
+        result["runs"] = known["runs"]
         result["singular_values"] = [] if "Muon" in families else known["singular_values"]
     return result
 
@@ -122,7 +128,7 @@ def main() -> None:
     options = parsed()
     in_fixed_environment(options.threads)
     import torch
-    from optimizer_peers import CANDIDATES, LISTS
+    from optimizer_peers import CANDIDATES, FAMILIES, LISTS
     from optimizer_report import figures_table, verdict_table, verdicts
     from optimizer_timing import families_of, measured, singular_values
 
@@ -132,7 +138,8 @@ def main() -> None:
         raise SystemExit(f"--lists names {', '.join(unknown)}; give some of {', '.join(LISTS)}.")
     result = fresh_result(options, families, lists)
     load, stamp = os.getloadavg()[0], {"commit": commit(), "date": f"{datetime.date.today()}"}
-    candidates = [c for c in CANDIDATES if c.family in families and (options.heavyball or c.module != "heavyball")]
+    left_out = {*options.without.split(","), *(() if options.heavyball else ("heavyball",))}
+    candidates = [c for c in CANDIDATES if c.family in families and c.label not in left_out]
     if "Muon" in families:
         for candidate in (c for c in candidates if c.family == "Muon" and c.module not in ("heavyball", "timm.optim")):
             try:
@@ -152,17 +159,16 @@ def main() -> None:
             result["rows"] += [{**row, **stamp} for row in rows]
             result["against"] += against
         print(f"\n{name}\n{figures_table([row for row in result['rows'] if row['list'] == name])}\n", flush=True)
-    order = list(LISTS)
-    result["rows"].sort(key=lambda row: order.index(row["list"]))
-    used = [name for name in order if any(row["list"] == name for row in result["rows"])]
+    place = {(name, family): i for i, (name, family) in enumerate(itertools.product(LISTS, FAMILIES))}
+    result["rows"].sort(key=lambda row: place[row["list"], row["family"]])
+    used = [name for name in LISTS if any(row["list"] == name for row in result["rows"])]
     shapes = {name: [size for _, size in LISTS[name].shapes()] for name in used}
+    command = shlex.join(["python", "benchmarks/bench_optimizers.py", *sys.argv[1:]])
+    loads = {"load_at_start": load, "load_at_end": os.getloadavg()[0]}
+    result["runs"].append({"command": command, **stamp, "threads": options.threads, **loads})
     result = {
-        "command": shlex.join(["python", "benchmarks/bench_optimizers.py", *sys.argv[1:]]),
-        **stamp,
         "machine": machine(options.device),
         "versions": versions(),
-        "threads": options.threads,
-        "load": [load, os.getloadavg()[0]],
         "lists": {
             name: {"parameters": sum(map(math.prod, sizes)), "tensors": len(sizes)} for name, sizes in shapes.items()
         },

@@ -197,12 +197,20 @@ def verdict_table(lines: list[Figures]) -> str:
     )
 
 
+def _load(run: Figures) -> str:
+    loads = f"load average {run['load_at_start']:.1f} at its start, {run['load_at_end']:.1f} at its end"
+    return f"{run['threads']} threads, {loads}."
+
+
 def readme(result: Figures) -> str:
     """Return the page that stands beside ``result.json``."""
     lists, rows = result["lists"], result["rows"]
     parts = [
         "# What an optimizer step costs",
-        f"`{result['command']}` at commit {result['commit']}, {result['date']}; figures in `result.json`.",
+        "Figures in `result.json`, from",
+        "\n".join(
+            f"- `{run['command']}` at commit {run['commit']}, {run['date']}: {_load(run)}" for run in result["runs"]
+        ),
         "## Verdicts",
         verdict_table(result["verdicts"]),
     ]
@@ -226,9 +234,8 @@ def readme(result: Figures) -> str:
         "## How",
         METHOD,
         f"Machine: {machine['cpu']}, {machine['cores']} cores, vector instructions {machine['capability']}, device "
-        f"{machine['device']}; Python {machine['python']}; {result['threads']} threads; load average "
-        f"{result['load'][0]:.1f} at the start, {result['load'][1]:.1f} at the end. Seeds: weights and gradients 0, "
-        "bootstrap 0, matrices for singular values 1.",
+        f"{machine['device']}; Python {machine['python']}. Seeds: weights and gradients 0, bootstrap 0, matrices for "
+        "singular values 1.",
         f"Versions: {versions}.",
         NOT_CONTROLLED,
     ]
@@ -247,10 +254,12 @@ one). First step: from building the optimizer to the end of its first step, wall
 are. State: all tensors in the optimizer's state and groups, each storage once. Temporaries: the profiler's record of
 torch's CPU allocator during the second step (SOAP: over a period; of the first step, less the state, where that took
 over ten seconds), highest sum of allocations less releases; what C code takes from the system directly is not seen.
-pytorch_optimizer and schedulefree are measured in their default multi-tensor form and with `foreach=False`; the former's
-SignSGD has no Nesterov term and its SophiaH another estimate of curvature, made outside the step as ours is. "Patched"
-rows are no peers: they show what a package could do with one function replaced."""
+pytorch_optimizer and schedulefree are measured in their default multi-tensor form and with `foreach=False`. The
+former's SignSGD has no Nesterov term, its SophiaH another estimate of curvature, made outside the step as ours is.
+"Patched" rows are no peers: they show what a package could do with one function replaced. After its last step every
+candidate's weights are checked: all finite, every tensor moved."""
 
 NOT_CONTROLLED = """\
 Not controlled: other work on the machine, clock, cache and page state. Gradients do not change, so that branches that
-depend on data (Prodigy's growth, clipping in ADOPT and MARS) take one course only. heavyball's first steps compile for about a minute each, so it takes part only with `--heavyball`."""
+depend on data (Prodigy's growth, clipping in ADOPT and MARS) take one course only. heavyball's first steps compile for
+about a minute each, so it takes part only with `--heavyball`."""

@@ -223,6 +223,7 @@ def measured(
     gc.enable()
     running = [entry for entry in running if entry.row["status"] == "measured"]
     for entry in running:
+        _check_weights(entry, Weights(shape, device))
         _summarise(entry, period)
     against = [
         {"list": list_name, "family": family, "ours": ours.row["label"], "other": other.row["label"]}
@@ -248,6 +249,15 @@ def _one_turn(entry: Entry, fused: torch.optim.Optimizer, block: int, device: st
     entry.wall.append(wall)
     entry.fused_cpu.append(beside[0])
     entry.fused_wall.append(beside[1])
+
+
+def _check_weights(entry: Entry, before: Weights) -> None:
+    # A step that does nothing is fast.
+    params = entry.weights.params
+    if not all(bool(p.isfinite().all()) for p in params):
+        entry.row["status"] = "failed: weights are not finite"
+    elif any(torch.equal(p, start) for p, start in zip(params, before.params)):
+        entry.row["status"] = "failed: some weights did not move"
 
 
 def _summarise(entry: Entry, period: int) -> None:

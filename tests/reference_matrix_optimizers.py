@@ -17,8 +17,9 @@ Quintic = tuple[float, float, float]
 class SOAP(Reference):
     """Vyas et al., arXiv:2409.11321, Algorithm 3 as its authors run it: no update at the first gradient.
 
-    The first moment stays in the weight's own basis, which is the same as turning it with every change of basis.
-    With `one_sided` only the shortest dimension (the first of equal ones) has a basis.
+    The first moment stays in the weight's own basis, which is the same as turning it with every change of basis. With
+    `one_sided` only the shortest dimension (the first of equal ones) has a basis; bases change `early` steps too soon.
+    With `kl` the statistics are those of Lin et al., arXiv:2509.03378, with the constants of its authors' code.
     """
 
     defaults = {
@@ -29,6 +30,8 @@ class SOAP(Reference):
         "precondition_frequency": 10,
         "max_precond_dim": 10000,
         "one_sided": False,
+        "early": 0,
+        "kl": False,
         "correct_bias": True,
         "weight_decay": 0.01,
     }
@@ -38,31 +41,53 @@ class SOAP(Reference):
         if updates:
             self.move(p, g, state, updates, s)
         beta = s.betas[1] if s.shampoo_beta is None else s.shampoo_beta
-        for dim in self.dims(p, s):
-            average(state, f"GG{dim}", unfolded(g, dim) @ unfolded(g, dim).T, beta)
+        products = {dim: self.whitened_product(g, dim, state, s) for dim in self.dims(p, s)}
+        for dim, product in products.items():
+            average(state, f"GG{dim}", product, beta)
+            if updates and s.kl:
+                q, lowest = state[f"Q{dim}"], max(10, min(len(product), 4000)) ** -2
+                average(state, f"eigenvalues{dim}", (q * (product @ q)).sum(0), beta).clamp_(min=lowest)
         if not updates:
-            for dim in self.dims(p, s):
+            for dim in products:
                 state[f"Q{dim}"] = torch.linalg.eigh(state[f"GG{dim}"]).eigenvectors.flip(1)
-        elif updates % s.precondition_frequency == 0:
+                state[f"eigenvalues{dim}"] = p.new_full((p.shape[dim],), 0.1)
+        elif (updates + s.early) % s.precondition_frequency == 0:
             self.refresh(p, state, s)
 
     def move(self, p: Tensor, g: Tensor, state: State, updates: int, s: SimpleNamespace) -> None:
         """Adam in the bases; eps is added before the bias correction, decay comes last."""
-        m = average(state, "m", g, s.betas[0])
-        v = average(state, "v", self.turn(g, state, s) ** 2, s.betas[1])
-        direction = self.turn(self.turn(m, state, s) / (v.sqrt() + s.eps), state, s, back=True)
+        direction = self.direction(g, state, s)
         correction = math.sqrt(1 - s.betas[1] ** updates) / (1 - s.betas[0] ** updates) if s.correct_bias else 1.0
         p.sub_(s.lr * correction * direction)
         p.mul_(1 - s.lr * s.weight_decay)
 
+    def direction(self, g: Tensor, state: State, s: SimpleNamespace) -> Tensor:
+        """Return Adam's direction in the bases, turned back, without bias correction."""
+        m = average(state, "m", g, s.betas[0])
+        v = average(state, "v", self.turn(g, state, s) ** 2, s.betas[1])
+        return self.turn(self.turn(m, state, s) / (v.sqrt() + s.eps), state, s, back=True)
+
     def refresh(self, p: Tensor, state: State, s: SimpleNamespace) -> None:
-        """One step of orthogonal iteration from the bases, sorted by what they catch."""
+        """One step of orthogonal iteration from the bases, sorted by what they catch; KL-SOAP's authors do not sort."""
         for dim in self.dims(p, s):
             gg, q = state[f"GG{dim}"], state[f"Q{dim}"]
-            order = (q * (gg @ q)).sum(0).argsort(descending=True)
-            state[f"Q{dim}"] = torch.linalg.qr(gg @ q[:, order]).Q
-            if "v" in state:
-                state["v"] = state["v"].index_select(dim, order)
+            if not s.kl:
+                order = (q * (gg @ q)).sum(0).argsort(descending=True)
+                q = q[:, order]
+                if "v" in state:
+                    state["v"] = state["v"].index_select(dim, order)
+            state[f"Q{dim}"] = torch.linalg.qr(gg @ q).Q
+
+    def whitened_product(self, g: Tensor, dim: int, state: State, s: SimpleNamespace) -> Tensor:
+        """Return ``g g^T`` along `dim`; for KL-SOAP a mean, of g divided by the root of the other eigenvalues."""
+        if not s.kl:
+            return unfolded(g, dim) @ unfolded(g, dim).T
+        scale = g.shape[dim] / g.numel()
+        for other in self.dims(g, s):
+            if other != dim and f"Q{other}" in state:
+                turned = torch.tensordot(g, state[f"Q{other}"], dims=([other], [0]))
+                g = (turned / state[f"eigenvalues{other}"].sqrt()).movedim(-1, other)
+        return scale * unfolded(g, dim) @ unfolded(g, dim).T
 
     def dims(self, p: Tensor, s: SimpleNamespace) -> list[int]:
         """Return the dimensions that have a basis; a vector has none."""
@@ -115,6 +140,20 @@ class NorMuon(Muon):
         normed = whole / (rows.sqrt() + 1e-10)
         norms = whole.norm(dim=(-2, -1), keepdim=True), normed.norm(dim=(-2, -1), keepdim=True)
         return normed * norms[0] / (norms[1] + 1e-10)
+
+
+class SOAPMuon(SOAP):
+    """Vyas et al., "Improving SOAP using iterative whitening and Muon": SOAP's direction is made orthogonal."""
+
+    defaults = {
+        **SOAP.defaults,
+        **{key: Muon.defaults[key] for key in ("lr", "adjust_lr", "orthogonalization", "ns_steps", "weight_decay")},
+    }
+
+    def move(self, p: Tensor, g: Tensor, state: State, updates: int, s: SimpleNamespace) -> None:
+        direction = orthogonalized(self.direction(g, state, s), s.orthogonalization, s.ns_steps)
+        p.mul_(1 - s.lr * s.weight_decay)
+        p.sub_(s.lr * scaling(p, s.adjust_lr) * direction)
 
 
 def unfolded(tensor: Tensor, dim: int) -> Tensor:

@@ -67,6 +67,7 @@ LOOP = {"foreach": False}
 WARM = {"warmup_steps": 30, **DECAY}
 DISTANCE = {"d0": 1e-3, "weight_decay": 0.1}
 WIDE: Shapes = ((16, 24), (8, 16), (1, 9), (8, 8))
+AT_ONCE = {"spread_refresh": False}
 KELLER = {"orthogonalization": "quintic", "compute_dtype": "float32"}
 ORIGINAL = {"adjust_lr": "original", **KELLER}
 
@@ -93,8 +94,17 @@ PEERS = [
     Peer("prodigyopt", "Prodigy", "Prodigy", {"use_bias_correction": True, **DISTANCE}, start=0.0),
     Peer("prodigyopt", "Prodigy", "Prodigy", {"safeguard_warmup": True, "lr": 0.5, **DISTANCE}, start=0.0),
     Peer("pytorch_optimizer", "Prodigy", "Prodigy", DISTANCE, LOOP, start=0.0),
-    Peer("pytorch_optimizer", "SOAP", "SOAP", DECAY, bound=SOAP, shapes=MATRICES),
-    Peer("pytorch_optimizer", "SOAP", "SOAP", {"precondition_frequency": 3, **DECAY}, bound=SOAP, shapes=MATRICES),
+    Peer("pytorch_optimizer", "SOAP", "SOAP", DECAY, {}, AT_ONCE, bound=SOAP, shapes=WIDE),
+    Peer(
+        "pytorch_optimizer",
+        "SOAP",
+        "SOAP",
+        {"precondition_frequency": 3, "shampoo_beta": 0.9, "correct_bias": False, **DECAY},
+        {},
+        AT_ONCE,
+        bound=SOAP,
+        shapes=((16, 16), (16, 24), (8, 8)),
+    ),
     muon("torch.optim", "Muon", DECAY, {"adjust_lr_fn": "match_rms_adamw"}, KELLER),
     muon("torch.optim", "Muon", DECAY, {"adjust_lr_fn": "original"}, ORIGINAL),
     muon("pytorch_optimizer", "NorMuon", {"beta2": 0.9, **DECAY}, {"use_muon": True}, ORIGINAL, as_group=True),

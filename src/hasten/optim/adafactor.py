@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError
-from hasten.optim.elementwise import apply, remainder
+from hasten.optim.elementwise import apply, decay_rate, remainder
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_number
-from hasten.optim.sharding import local_like, whole
+from hasten.optim.sharding import add_up, local, local_like, whole
 from hasten.optim.shell import Params, RuledOptimizer
 
 
@@ -30,17 +30,23 @@ def _update(works: list[Work]) -> None:
         share = float(step) ** group["beta2_decay"]
         rate = min(lr, 1.0 / step**0.5)
         updates, sizes = [], []
-        for p, g, state in zip(work.params, work.grads, work.states, strict=True):
-            weight, grad = whole(p).detach(), whole(g)
+        for p, g, state, rms in zip(work.params, work.grads, work.states, _sizes(work), strict=True):
+            grad = whole(g)
             eps1 = torch.finfo(p.dtype).eps if group["eps"][0] is None else group["eps"][0]
             wide = torch.promote_types(p.dtype, torch.float32)
             update = _direction(grad.to(wide), state, share, eps1)
-            rms = weight.to(wide).norm(2) / weight.numel() ** 0.5
             shrink = (update.norm(2) / (update.numel() ** 0.5 * group["d"])).clamp(min=1.0)
-            sizes.append(rms.clamp(min=group["eps"][1]).double() * rate / shrink.double())
+            sizes.append(rms.clamp(min=group["eps"][1]) * rate / shrink.double())
             updates.append(local_like(update, p))
-        numbers = {"keep": 1.0 - lr * group["weight_decay"], "step_size": torch.stack(sizes)}
+        numbers = {"keep": 1.0 - decay_rate(group), "step_size": torch.stack(sizes)}
         apply(MOVE, work, numbers, extra={"update": updates})
+
+
+def _sizes(work: Work) -> Tensor:
+    """Return the root mean square of every weight."""
+    norms = [local(p).norm(2, dtype=torch.promote_types(p.dtype, torch.float32)) for p in work.params]
+    squares = add_up(torch.stack(norms).double().square(), work.params)
+    return (squares / torch.tensor([float(p.numel()) for p in work.params], device=squares.device)).sqrt()
 
 
 def _direction(grad: Tensor, state: dict[str, Tensor], share: float, eps: float) -> Tensor:
@@ -57,7 +63,7 @@ def _direction(grad: Tensor, state: dict[str, Tensor], share: float, eps: float)
 
 
 def _init(parameter: Tensor, group: Group) -> dict[str, Tensor]:
-    # Small, and whole on every process: sharded parameters are gathered for the two norms anyway.
+    # Small, and whole on every process: sharded gradients are gathered for the means over rows and columns anyway.
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     shape, device = tuple(parameter.shape), parameter.device
     if len(shape) > 1:

@@ -48,7 +48,12 @@ def remainder(parameter: Tensor, group: Group) -> dict[str, Tensor]:
 
 
 def decay_rate(group: Group) -> float:
-    """Return the share of a weight that decays in this step: ``lr * weight_decay``, with the present or the peak lr."""
+    """Return the share of a weight that decays in this step: ``lr * weight_decay``, with the present or the peak lr.
+
+    A step at rate 0 moves nothing: torch.distributed.checkpoint makes one before it reads the state of an optimizer.
+    """
+    if float(group["lr"]) == 0.0:
+        return 0.0
     lr = group["lr"] if group["decay_follows_lr"] else group.get("initial_lr", group["lr"])
     return float(lr) * group["weight_decay"]
 

@@ -131,11 +131,14 @@ def _take_step(rule: Rule, work: Work, made: list[Tensor]) -> None:
         shares = _sums([mask.to(torch.float64) for mask in masks], work) / _sizes(work)
         for d, mask, share in zip(steps, masks, shares.clamp(min=1e-3), strict=True):
             d.mul_(mask).div_(share.to(d.device, d.dtype))
-    on_sphere = [group["hyperball"] and p.ndim >= 2 and lr > 0 for p in work.params]
+    has_radius = [group["hyperball"] and p.ndim >= 2 for p in work.params]
+    if any(has_radius):
+        _take_radii(work, old, has_radius)
+    on_sphere = [fixed and lr > 0 for fixed in has_radius]
     if any(on_sphere):
-        steps = _sphere_steps(work, old, steps, on_sphere, lr)
+        steps = _sphere_steps(work, steps, on_sphere, lr)
     new: list[Tensor] = []
-    for before, d, is_fixed in zip(old, steps, on_sphere, strict=True):
+    for before, d, is_fixed in zip(old, steps, has_radius, strict=True):
         if is_fixed or rate == 0.0:
             new.append(before.sub(d))
         elif group["cautious_decay"]:
@@ -150,16 +153,24 @@ def _take_step(rule: Rule, work: Work, made: list[Tensor]) -> None:
     ASSIGN({"p": [local(p) for p in work.params], "value": new}, {}, rounding=Rounding(mode, seed), low=low)
 
 
-def _sphere_steps(work: Work, old: list[Tensor], steps: list[Tensor], on_sphere: list[bool], lr: float) -> list[Tensor]:
-    """Give every matrix's step the norm ``lr * R``; the radius is taken from the weights the first time."""
+def _take_radii(work: Work, old: list[Tensor], has_radius: list[bool]) -> None:
+    """Keep the norm that each matrix begins with.
+
+    A step at rate 0 takes it too: torch.distributed.checkpoint makes one to find out what state there is to load.
+    """
+    if all("radius" in state for state, fixed in zip(work.states, has_radius, strict=True) if fixed):
+        return
+    norms = _sums([before.double().square() for before in old], work).sqrt()
+    for p, state, norm, fixed in zip(work.params, work.states, norms, has_radius, strict=True):
+        if fixed and "radius" not in state:
+            grown = (p.numel() / p.shape[-1]) ** 0.5
+            state["radius"] = torch.where(norm > 0, norm, grown).float()
+            state["on_sphere"] = (norm > 0).float()
+
+
+def _sphere_steps(work: Work, steps: list[Tensor], on_sphere: list[bool], lr: float) -> list[Tensor]:
+    """Give every matrix's step the norm ``lr * R``."""
     sizes = _sums([d.double().square() for d in steps], work).sqrt()
-    if not all("radius" in state for state, fixed in zip(work.states, on_sphere, strict=True) if fixed):
-        norms = _sums([before.double().square() for before in old], work).sqrt()
-        for p, state, norm, fixed in zip(work.params, work.states, norms, on_sphere, strict=True):
-            if fixed and "radius" not in state:
-                grown = (p.numel() / p.shape[-1]) ** 0.5
-                state["radius"] = torch.where(norm > 0, norm, grown).float()
-                state["on_sphere"] = (norm > 0).float()
     return [
         d * (lr * state["radius"].to(d.device) / size.to(d.device).clamp(min=1e-30)).to(d.dtype) if fixed else d
         for d, state, size, fixed in zip(steps, work.states, sizes, on_sphere, strict=True)

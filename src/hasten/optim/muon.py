@@ -60,6 +60,15 @@ def check(group: Group) -> None:
         RecipeError: names the setting.
     """
     check_number(group, "momentum", high=1.0)
+    check_orthogonal(group)
+
+
+def check_orthogonal(group: Group) -> None:
+    """Refuse settings of the orthogonalisation and of what follows it that are out of range.
+
+    Raises:
+        RecipeError: names the setting.
+    """
     if group["adjust_lr"] not in ADJUSTMENTS:
         raise RecipeError(
             f"optimizer.adjust_lr={group['adjust_lr']!r} is unknown; choose one of {', '.join(ADJUSTMENTS)}."

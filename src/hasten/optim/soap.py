@@ -17,6 +17,8 @@ from hasten.optim.matrices import apply, matrix_shape, parts, sharded_dim
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
 from hasten.optim.sharding import local
 
+Finish = Callable[[Tensor, Group], None]
+
 SETTINGS: dict[str, Any] = {
     "lr": 3e-3,
     "betas": (0.95, 0.95),
@@ -61,7 +63,7 @@ class Block:
         return self.state[f"{name}_{side}{self.suffix}"]
 
     def turn(self, matrix: Tensor, *, back: bool = False) -> Tensor:
-        """Return `matrix` in the bases, or from the bases; the cheaper side first makes no difference."""
+        """Return `matrix` in the bases, or from them."""
         for side in self.sides:
             basis = self.of("basis", side)
             basis = basis.mT if back else basis
@@ -119,8 +121,9 @@ def update(works: list[Work]) -> None:
     matrices of a group refresh at different steps, so that no step takes much longer than others. Tensors of four and
     more dimensions are taken as matrices, those of three as stacks; the authors turn every dimension.
 
-    ``one_sided`` keeps only the basis of the shorter side (rows of a square). ``kl`` weighs each statistic with the other
-    side's inverse eigenvalues, ``g R diag(1 / r) R^T g^T / columns`` (KL-SOAP, arXiv:2509.03378, and its authors' code).
+    ``one_sided`` keeps only the basis of the shorter side (rows of a square). ``kl`` weighs each statistic with the
+    other side's inverse eigenvalues r, ``g R diag(1 / r) R^T g^T / columns``; r is an average of the mean squares of
+    ``diag(1 / l)^(1/2) g'`` over rows, and columns are not sorted (KL-SOAP, arXiv:2509.03378, and its authors' code).
     """
     for weight, direction, group, step in directions(works):
         correction = bias_correction(group, step)
@@ -137,14 +140,12 @@ def bias_correction(group: Group, step: int) -> float:
     return math.sqrt(1.0 - beta2 ** (step - 1)) / (1.0 - beta1 ** (step - 1))
 
 
-def directions(
-    works: list[Work], finish: Callable[[Tensor, Group, tuple[int, ...]], Tensor] | None = None
-) -> Iterator[tuple[Tensor, Tensor, Group, int]]:
+def directions(works: list[Work], finish: Finish | None = None) -> Iterator[tuple[Tensor, Tensor, Group, int]]:
     """Move the state of every parameter; yield (local weight, its direction, group, step), but nothing at step 1.
 
     Args:
         works: what to update.
-        finish: changes a whole direction, given with its group and shape as matrix, before the local part is taken.
+        finish: changes the whole direction (as matrix, under a group) in place, before the local part is taken.
     """
     for work in works:
         slots = refresh_slots(work.group.get("params", work.params), work.group)
@@ -158,11 +159,12 @@ def directions(
                 for block in blocks:
                     _start(block, work.group)
                 continue
-            turned = _step(blocks, work.group, matrix, (work.step - 1 + slots[parameter]))
-            direction = finish(turned, work.group, shape) if finish else turned
-            if weight is not parameter:
-                direction = _local_rows(direction, parameter)
-            yield weight, direction, work.group, work.step
+            clock = work.step - 1 + slots[parameter]
+            turned_back = [_step(block, work.group, clock) for block in blocks]
+            direction = turned_back[0] if len(blocks) == 1 else _join(turned_back, matrix, work.group)
+            if finish is not None:
+                finish(direction, work.group)
+            yield weight, direction if weight is parameter else _local_rows(direction, parameter), work.group, work.step
 
 
 def refresh_slots(params: Sequence[Tensor], group: Group) -> dict[Tensor, int]:
@@ -209,49 +211,73 @@ def _length(matrix: Tensor, side: str) -> int:
 def _start(block: Block, group: Group) -> None:
     beta = _statistic_beta(group)
     for side in block.sides:
-        statistic, factor = block.of("statistic", side), _factor(block, side)
+        statistic, factor = block.of("statistic", side), block.gradient if side == "rows" else block.gradient.mT
         # As the authors do, to the last bit and at any size: see `add_outer_`.
         statistic.lerp_(factor @ factor.mT, 1.0 - beta)
+        if group["kl"]:
+            statistic.div_(factor.shape[-1])
         block.of("basis", side).copy_(first_basis(statistic))
 
 
-def _step(blocks: list[Block], group: Group, matrix: Tensor, clock: int) -> Tensor:
+def _step(block: Block, group: Group, clock: int) -> Tensor:
     beta1, beta2 = group["betas"]
-    direction = torch.empty_like(matrix, memory_format=torch.contiguous_format)
-    for block, part in zip(blocks, parts(tuple(matrix.shape), group)):
-        turned = block.turn(block.gradient)
-        block.first.lerp_(turned, 1.0 - beta1)
-        block.second.mul_(beta2).addcmul_(turned, turned, value=1.0 - beta2)
-        scaled = torch.div(block.first, block.second.sqrt().add_(group["eps"]), out=turned)
-        part.of(direction).copy_(block.turn(scaled, back=True))
-        _move_statistics(block, group)
-        if clock % int(group["precondition_frequency"]) == 0:
-            _refresh(block)
-    return direction
-
-
-def _move_statistics(block: Block, group: Group) -> None:
+    turned = block.turn(block.gradient)
+    block.first.lerp_(turned, 1.0 - beta1)
+    block.second.lerp_(turned * turned, 1.0 - beta2)
+    factors = _kl_factors(block, group, turned) if group["kl"] else None
+    scaled = torch.div(block.first, block.second.sqrt().add_(group["eps"]), out=turned)
+    direction = block.turn(scaled, back=True)
+    del turned, scaled
     for side in block.sides:
-        add_outer_(block.of("statistic", side), _factor(block, side), beta=_statistic_beta(group))
+        plain = block.gradient if side == "rows" else block.gradient.mT
+        factor = plain if factors is None else factors[side]
+        add_outer_(block.of("statistic", side), factor, beta=_statistic_beta(group))
+    if clock % int(group["precondition_frequency"]) == 0:
+        _refresh(block, is_sorted=not group["kl"])
+    return direction
 
 
 def _statistic_beta(group: Group) -> float:
     return group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"]
 
 
-def _factor(block: Block, side: str) -> Tensor:
-    return block.gradient if side == "rows" else block.gradient.mT
+def _kl_factors(block: Block, group: Group, turned: Tensor) -> dict[str, Tensor]:
+    """Return for each side what its statistic is the outer product of; move the eigenvalues after."""
+    beta, found, means = _statistic_beta(group), {}, {}
+    for side, other, dim in (("rows", "columns", -1), ("columns", "rows", -2)):
+        if side not in block.sides:
+            continue
+        factor, size, sharpened = block.gradient, _length(turned, other), turned
+        if other in block.sides:
+            inverse = block.of("eigenvalues", other).rsqrt().unsqueeze(-2 if dim == -1 else -1)
+            basis = block.of("basis", other)
+            factor = (factor @ basis if other == "columns" else basis.mT @ factor) * inverse
+            sharpened = turned * inverse
+        found[side] = (factor if side == "rows" else factor.mT) / math.sqrt(size)
+        means[side] = sharpened.square().mean(dim)
+    for side, mean in means.items():
+        least = max(10, min(mean.shape[-1], KL_LARGEST_FACTOR)) ** -2
+        block.of("eigenvalues", side).lerp_(mean, 1.0 - beta).clamp_min_(least)
+    return found
 
 
-def _refresh(block: Block) -> None:
+def _refresh(block: Block, *, is_sorted: bool) -> None:
     first = block.turn(block.first, back=True)
     for side in block.sides:
-        basis, order = next_basis(complete_(block.of("statistic", side)), block.of("basis", side))
+        basis, order = next_basis(complete_(block.of("statistic", side)), block.of("basis", side), is_sorted=is_sorted)
         block.of("basis", side).copy_(basis)
-        dim = -2 if side == "rows" else -1
-        index = order.unsqueeze(-1 if side == "rows" else -2).expand_as(block.second)
-        block.second.copy_(block.second.gather(dim, index))
+        if order is not None:
+            rows = side == "rows"
+            index = order.unsqueeze(-1 if rows else -2).expand_as(block.second)
+            block.second.copy_(block.second.gather(-2 if rows else -1, index))
     block.first.copy_(block.turn(first))
+
+
+def _join(matrices: list[Tensor], like: Tensor, group: Group) -> Tensor:
+    whole = torch.empty_like(like, memory_format=torch.contiguous_format)
+    for matrix, part in zip(matrices, parts(tuple(like.shape), group)):
+        part.of(whole).copy_(matrix)
+    return whole
 
 
 def _local_rows(direction: Tensor, parameter: Any) -> Tensor:
