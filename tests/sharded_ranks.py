@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharded_training import (
     CASES,
+    COLUMN_SETTINGS,
     COUNTED_CASES,
     MOVED_CASES,
     SAVED_AT,
@@ -43,10 +44,13 @@ from sharded_training import (
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hasten.optim import RuledOptimizer
+from hasten.errors import RecipeError
+from hasten.optim import OPTIMIZERS, RuledOptimizer
 
 LIMIT = timedelta(seconds=60)
 SAVED = "saved"  # A file that says that all checkpoints are there.
@@ -115,6 +119,8 @@ def measured(singles: Mapping[str, Outcome], mesh: DeviceMesh, folder: Path) -> 
             (folder / SAVED).touch()
     for case in COUNTED_CASES:
         yield f"counted {case.name}", functools.partial(count, case, mesh)
+    for rule, settings in COLUMN_SETTINGS.items():
+        yield f"columns {rule}", functools.partial(shard_columns, rule, settings, mesh)
     for case in [] if saves else MOVED_CASES:
         yield f"resumed {case.name}", functools.partial(move_over, case, singles, folder, mesh)
 
@@ -140,6 +146,18 @@ def move_over(case: Case, singles: Mapping[str, Outcome], folder: Path, mesh: De
         time.sleep(0.1)
     part = singles[case.name].part(mesh)
     return {"distance": distance(resume(case, folder / case.name, mesh), part.trained, part.start)}
+
+
+def shard_columns(rule: str, settings: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
+    """Return what an optimizer says about a weight whose columns are sharded."""
+    layer = nn.Linear(306, 17, bias=False)
+    fully_shard(layer, mesh=mesh, shard_placement_fn=lambda parameter: Shard(1))
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    try:
+        OPTIMIZERS[rule](layer.parameters(), **settings).step()
+    except RecipeError as error:
+        return {"refusal": str(error)}
+    return {"refusal": ""}
 
 
 def write_down(path: Path, measures: Iterable[tuple[str, Measure]]) -> None:

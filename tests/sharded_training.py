@@ -27,6 +27,8 @@ OWN: dict[str, dict[str, Any]] = {
     "prodigy": {"lr": 1.0, "d0": 1e-3},
     "sophia": {"estimate_every": 5},
     "schedule_free_adamw": {"warmup_steps": 4},
+    "soap": {"precondition_frequency": 4},
+    "soap_muon": {"precondition_frequency": 4},
 }
 MODIFIERS: dict[str, dict[str, Any]] = {
     "cautious": {"cautious": True},
@@ -145,6 +147,13 @@ SAVED_CASES = [
 # Continued by three as well.
 MOVED_CASES = [case for case in SAVED_CASES if case not in RULE_CASES or not RULES[case.rule].is_elementwise]
 MOVED_CASES += [case for case in RULE_CASES if case.rule == "adamw"]
+# By rule, for weights whose columns are sharded.
+COLUMN_SETTINGS: dict[str, dict[str, Any]] = {
+    "adam": {},
+    "adamw": {"state_format": "8bit"},
+    "adafactor": {},
+    "muon": {},
+}
 COUNTED_CASES = [case for case in RULE_CASES if case.rule in ("muon", "normuon")]
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch.distributed
 from sharded_training import (
     BF16_CASES,
     CASES,
+    COLUMN_SETTINGS,
     COUNTED_CASES,
     MODIFIER_CASES,
     MOVED_CASES,
@@ -24,7 +26,10 @@ from sharded_training import (
     SAVED_CASES,
     WORLDS,
     Case,
+    same,
+    snapshot,
 )
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import hasten
 from hasten.optim import OPTIMIZERS
@@ -148,6 +153,23 @@ def test_resumed_sharded_run_equals_uninterrupted_one(found, name):
 @every(MOVED_CASES)
 def test_what_two_ranks_saved_goes_on_over_three(found, name):
     assert all(record["distance"] <= 1e-6 for record in records_of(found, WORLDS[1], f"resumed {name}"))
+
+
+@pytest.mark.parametrize("case", [*RULE_CASES, *MODIFIER_CASES], ids=lambda case: case.name)
+def test_asking_an_unused_optimizer_for_its_state_moves_no_weight(case):
+    # PyTorch takes a step at rate 0 to find out what the state is.
+    settings = {} if case.rule == "prodigy" else {"decay_follows_lr": False}
+    model, opt = replace(case, settings={**case.settings, **settings}).build(None)
+    start = snapshot(model)
+    get_optimizer_state_dict(model, opt)
+    assert same(snapshot(model), start)
+
+
+@every_world
+@pytest.mark.parametrize("rule", COLUMN_SETTINGS)
+def test_shards_of_columns_are_refused_where_rows_are_needed(found, world, rule):
+    for record in records_of(found, world, f"columns {rule}"):
+        assert ("fully_shard" in record["refusal"]) == (rule != "adam")
 
 
 @every_world

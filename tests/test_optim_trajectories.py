@@ -230,6 +230,30 @@ def test_soap_spread_over_a_period_changes_bases_early_and_nothing_else() -> Non
     assert distance(params, [reference.params[0] for reference in references], first) <= SOAP
 
 
+def groups_apart(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    return [{"params": params[2:3]}, {"params": [params[1], params[3]]}, {"params": params[:1]}]
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_prodigy_has_one_distance_for_all_groups(is_sparse: bool) -> None:
+    first = weights(SHAPES, scale=0.0)
+    params = parameters(first)
+    gradients = noisy_quadratic(SHAPES)
+    reference = reference_optimizers.Prodigy(first)
+    optimizer = hasten.optim.Prodigy(groups_apart(params))
+    follow(optimizer, params, reference, now_and_then(gradients) if is_sparse else gradients)
+    assert distance(params, reference.params, first) <= ELEMENTWISE
+
+
+def test_schedule_free_counts_the_same_steps_in_every_group() -> None:
+    first = weights(SHAPES)
+    params = parameters(first)
+    reference = reference_optimizers.ScheduleFreeAdamW(first, lr=1e-2, warmup_steps=30)
+    optimizer = hasten.optim.ScheduleFreeAdamW(groups_apart(params), lr=1e-2, warmup_steps=30)
+    follow(optimizer, params, reference, noisy_quadratic(SHAPES))
+    assert distance(params, reference.params, first) <= ELEMENTWISE
+
+
 @pytest.mark.parametrize("name", ["MARS", "SOAP", "Muon", "NorMuon", "SOAPMuon"])
 def test_vectors_beside_matrices_are_updated_by_adamw(name: str) -> None:
     first = weights(SHAPES)

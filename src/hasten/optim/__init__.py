@@ -24,6 +24,10 @@ from hasten.optim.schedule_free import SCHEDULE_FREE, ScheduleFreeAdamW
 from hasten.optim.sgd import SGD, SGD_RULE
 from hasten.optim.shell import RuledOptimizer
 from hasten.optim.signs import LION, SIGNUM, Lion, Signum
+from hasten.optim.soap import RULE as SOAP_RULE
+from hasten.optim.soap import SOAP
+from hasten.optim.soap_muon import RULE as SOAP_MUON
+from hasten.optim.soap_muon import SOAPMuon
 from hasten.optim.sophia import SOPHIA, Sophia
 
 __all__ = [
@@ -32,6 +36,7 @@ __all__ = [
     "OPTIMIZERS",
     "RULES",
     "SGD",
+    "SOAP",
     "AdEMAMix",
     "Adafactor",
     "Adam",
@@ -43,6 +48,7 @@ __all__ = [
     "Prodigy",
     "RMSprop",
     "RuledOptimizer",
+    "SOAPMuon",
     "ScheduleFreeAdamW",
     "Signum",
     "Sophia",
@@ -141,6 +147,8 @@ RULES: dict[str, Rule] = {
         SOPHIA,
         MUON,
         NORMUON,
+        SOAP_RULE,
+        SOAP_MUON,
     )
 }
 OPTIMIZERS: dict[str, type[RuledOptimizer]] = {
@@ -159,4 +167,6 @@ OPTIMIZERS: dict[str, type[RuledOptimizer]] = {
     "sophia": Sophia,
     "muon": Muon,
     "normuon": NorMuon,
+    "soap": SOAP,
+    "soap_muon": SOAPMuon,
 }

@@ -10,8 +10,9 @@ from torch import Tensor
 from hasten.errors import RecipeError
 from hasten.optim.elementwise import apply, decay_rate, remainder
 from hasten.optim.kernels import Kernel
+from hasten.optim.matrices import sharded_dim
 from hasten.optim.rule import Group, Rule, Work, check_number
-from hasten.optim.sharding import add_up, local, local_like, whole
+from hasten.optim.sharding import add_up, add_up_each, local
 from hasten.optim.shell import Params, RuledOptimizer
 
 
@@ -27,52 +28,67 @@ def _update(works: list[Work]) -> None:
     for work in works:
         group, step = work.group, work.step
         lr = float(group["lr"])
-        share = float(step) ** group["beta2_decay"]
         rate = min(lr, 1.0 / step**0.5)
-        updates, sizes = [], []
-        for p, g, state, rms in zip(work.params, work.grads, work.states, _sizes(work), strict=True):
-            grad = whole(g)
-            eps1 = torch.finfo(p.dtype).eps if group["eps"][0] is None else group["eps"][0]
-            wide = torch.promote_types(p.dtype, torch.float32)
-            update = _direction(grad.to(wide), state, share, eps1)
-            shrink = (update.norm(2) / (update.numel() ** 0.5 * group["d"])).clamp(min=1.0)
-            sizes.append(rms.clamp(min=group["eps"][1]) * rate / shrink.double())
-            updates.append(local_like(update, p))
-        numbers = {"keep": 1.0 - decay_rate(group), "step_size": torch.stack(sizes)}
+        updates = _directions(work, share=float(step) ** group["beta2_decay"])
+        weights = [local(p).to(u.dtype) for p, u in zip(work.params, updates, strict=True)]
+        squares = torch.stack([values.norm(2) for values in [*weights, *updates]]).double().square_()
+        elements = torch.tensor([float(p.numel()) for p in work.params], dtype=torch.float64, device=squares.device)
+        rms, size = (add_up(squares, [*work.params, *work.params]).view(2, -1) / elements).sqrt_()
+        numbers: dict[str, float | Tensor] = {
+            "keep": 1.0 - decay_rate(group),
+            "step_size": rms.clamp(min=group["eps"][1]) * rate / (size / group["d"]).clamp(min=1.0),
+        }
         apply(MOVE, work, numbers, extra={"update": updates})
 
 
-def _sizes(work: Work) -> Tensor:
-    """Return the root mean square of every weight."""
-    norms = [local(p).norm(2, dtype=torch.promote_types(p.dtype, torch.float32)) for p in work.params]
-    squares = add_up(torch.stack(norms).double().square(), work.params)
-    return (squares / torch.tensor([float(p.numel()) for p in work.params], device=squares.device)).sqrt()
-
-
-def _direction(grad: Tensor, state: dict[str, Tensor], share: float, eps: float) -> Tensor:
-    """Take `grad` into the state and return it divided by the root of its estimated square."""
-    if grad.ndim > 1:
-        state["row_var"].lerp_(grad.norm(dim=-1, keepdim=True).square_().div_(grad.shape[-1]), share)
-        state["col_var"].lerp_(grad.norm(dim=-2, keepdim=True).square_().div_(grad.shape[-2]), share)
-        estimate = state["row_var"] @ state["col_var"]
-        estimate.div_(state["row_var"].mean(dim=-2, keepdim=True).clamp_(min=eps))
-    else:
-        state["variance"].lerp_(grad.square(), share)
-        estimate = state["variance"].clone()
-    return estimate.clamp_(min=eps * eps).rsqrt_().mul_(grad)
+def _directions(work: Work, *, share: float) -> list[Tensor]:
+    """Take the gradients into the state; return them divided by the roots of their estimated squares, local parts."""
+    least = work.group["eps"][0]
+    states = [{name: local(value) for name, value in state.items()} for state in work.states]
+    grads = [
+        local(g).to(torch.promote_types(p.dtype, torch.float32)) for p, g in zip(work.params, work.grads, strict=True)
+    ]
+    factored = [k for k, p in enumerate(work.params) if p.ndim > 1]
+    columns = {k: grads[k].norm(dim=-2, keepdim=True).square_() for k in factored}
+    for k in factored:
+        row_var = states[k]["row_var"]
+        row_var.lerp_(grads[k].norm(dim=-1, keepdim=True).square_().div_(grads[k].shape[-1]), share)
+    sums = {k: states[k]["row_var"].sum(dim=-2, keepdim=True) for k in factored}
+    # Rows are what is sharded; in stacks of matrices they are the matrices, and each is whole.
+    if flat := [k for k in factored if work.params[k].ndim == 2]:
+        found = add_up_each([torch.cat([columns[k], sums[k]], dim=-1) for k in flat], [work.params[k] for k in flat])
+        for k, both in zip(flat, found, strict=True):
+            columns[k], sums[k] = both[:, :-1], both[:, -1:]
+    updates = []
+    for k, (p, grad, state) in enumerate(zip(work.params, grads, states, strict=True)):
+        eps = torch.finfo(p.dtype).eps if least is None else least
+        if k in columns:
+            rows = p.shape[-2]
+            state["col_var"].lerp_(columns[k] / rows, share)
+            estimate = (state["row_var"] @ state["col_var"]).div_((sums[k] / rows).clamp_(min=eps))
+        else:
+            state["variance"].lerp_(grad.square(), share)
+            estimate = state["variance"].clone()
+        updates.append(estimate.clamp_(min=eps * eps).rsqrt_().mul_(grad))
+    return updates
 
 
 def _init(parameter: Tensor, group: Group) -> dict[str, Tensor]:
-    # Small, and whole on every process: sharded gradients are gathered for the means over rows and columns anyway.
+    if local(parameter) is not parameter:
+        sharded_dim(parameter)
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    shape, device = tuple(parameter.shape), parameter.device
-    if len(shape) > 1:
-        state = {
-            "row_var": torch.zeros((*shape[:-1], 1), dtype=dtype, device=device),
-            "col_var": torch.zeros((*shape[:-2], 1, shape[-1]), dtype=dtype, device=device),
-        }
-    else:
-        state = {"variance": torch.zeros(shape, dtype=dtype, device=device)}
+    if parameter.ndim < 2:
+        return {"variance": torch.zeros_like(parameter, dtype=dtype)} | remainder(parameter, group)
+    # Sharded like the rows of the parameter; the columns of a sharded matrix are small, and whole on every process.
+    columns = (
+        parameter.narrow(-2, 0, 1)
+        if parameter.ndim > 2
+        else torch.empty(1, parameter.shape[1], device=parameter.device)
+    )
+    state = {
+        name: torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        for name, like in (("row_var", parameter.narrow(-1, 0, 1)), ("col_var", columns))
+    }
     return state | remainder(parameter, group)
 
 

@@ -100,7 +100,7 @@ def defaults(
 
     beta2 = 0.95 if steps <= 2_000 else 0.99 if steps <= SHORT_STEPS else 0.999
     if name in ("adamw", "adam", "muon", "normuon", "soap", "soap_muon"):
-        settings["betas"] = (0.9, beta2)
+        settings["betas"] = (0.95 if name.startswith("soap") else 0.9, beta2)
         reasons["betas"] = f"beta2 grows with the horizon; {beta2} for {steps or 'an unknown number of'} steps"
     elif name == "ademamix":
         slow = 0.9999 if steps > LONG_STEPS else 0.999

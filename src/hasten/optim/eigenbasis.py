@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# From this size on, a statistic is moved in four bands of its lower triangle: 10 of 16 blocks, 0.75x of the time. Below,
-# nothing is gained.
+# From this size on, a statistic is moved in four bands of its lower triangle: 10 of 16 blocks, 0.75x of the time.
 BANDED = 256
 _BANDS = 4
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hasten.optim.kernels import Kernel, Rounding, Stored
 from hasten.optim.rule import Group, Work
-from hasten.optim.sharding import local
+from hasten.optim.sharding import local, local_parts
 from hasten.optim.storage import Packed, can_pack, empty_packed, mix_number
 
 SCALE = "_scale"  # ``exp_avg`` in 8 bits has its scales beside it, as ``exp_avg_scale``.
@@ -60,6 +60,8 @@ def decay_rate(group: Group) -> float:
 
 def stored(work: Work, name: str) -> list[Stored]:
     """Return the state called `name` of every parameter, local parts of sharded ones."""
+    if work.group["state_format"] != "8bit":
+        return local_parts([state[name] for state in work.states])
     return [
         Packed(local(state[name]), local(state[name + SCALE])) if name + SCALE in state else local(state[name])
         for state in work.states
@@ -83,12 +85,14 @@ def apply(
     tensors: dict[str, Sequence[Stored]] = dict(extra or {})
     for name in kernel.tensors:
         if name == "p":
-            tensors[name] = [local(p) for p in work.params]
+            tensors[name] = local_parts(work.params)
         elif name == "g":
-            tensors[name] = [local(g) for g in work.grads]
+            tensors[name] = local_parts(work.grads)
         elif name not in tensors:
             tensors[name] = stored(work, name)
     mode = work.group["rounding"]
+    if mode == "nearest":
+        return kernel(tensors, scalars)
     seed = mix_number(work.group["seed"] * 0x9E3779B9 + work.step) if mode == "stochastic" else 0
     low = [local(s[LOW]) if LOW in s else s["step"] for s in work.states] if mode == "kahan" else None
     return kernel(tensors, scalars, rounding=Rounding(mode, seed), low=low)

@@ -113,11 +113,12 @@ class Kernel:
             low: the remainders of ``p``, with ``kahan``.
         """
         lists = [tensors[name] for name in self.tensors]
-        storage = [_signature(row, rounding, self.tensors) for row in zip(*lists, strict=True)]
-        if not storage:
+        if not lists[0]:
             return {name: torch.zeros(0, dtype=torch.float64) for name in self.sums}
-        if storage.count(storage[0]) == len(storage):
-            return self._run(storage[0], lists, scalars, rounding, low)
+        common = _common_signature(lists, rounding)
+        if common is not None:
+            return self._run(common, lists, scalars, rounding, low)
+        storage = [_signature(row, rounding, self.tensors) for row in zip(*lists, strict=True)]
         found = {name: torch.zeros(len(storage), dtype=torch.float64) for name in self.sums}
         for kind in dict.fromkeys(storage):
             places = [place for place, other in enumerate(storage) if other == kind]
@@ -189,7 +190,7 @@ class Kernel:
             numbers, stride = array.array("d", [x for row in zip(*table, strict=True) for x in row]), len(self.scalars)
         else:
             numbers, stride = array.array("d", [scalars[name] for name in self.scalars]), 0
-        sums = torch.zeros(count, len(self.sums), dtype=torch.float64)
+        sums = torch.empty(count, len(self.sums), dtype=torch.float64) if self.sums else None
         threads = torch.get_num_threads() if sum(sizes) > 2 * native.BLOCK else 1
         run(
             count,
@@ -197,7 +198,7 @@ class Kernel:
             pointers.buffer_info()[0],
             numbers.buffer_info()[0],
             stride,
-            sums.data_ptr(),
+            None if sums is None else sums.data_ptr(),
             rounding.seed & 0xFFFFFFFF,
             threads,
         )
@@ -279,6 +280,27 @@ class Kernel:
                 for place, name in enumerate(self.sums):
                     totals[k, place] += new[name].sum(dtype=torch.float64)
         return {name: totals[:, place] for place, name in enumerate(self.sums)}
+
+
+def _common_signature(lists: Sequence[Sequence[Stored]], rounding: Rounding) -> tuple[str, ...] | None:
+    """Return the signature that all rows have, looked up column by column; None where rows may differ.
+
+    The usual case, and most of what a step of few small tensors costs.
+    """
+    if rounding.mode != "nearest":
+        return None
+    kinds = []
+    for values in lists:
+        first = values[0]
+        if type(first) is Packed:
+            return None
+        dtype = first.dtype
+        for tensor in values:
+            if type(tensor) is Packed or tensor.dtype != dtype or not tensor.is_contiguous():
+                return None
+        kinds.append(_DTYPES.get(dtype, "other"))
+    devices = {tensor.device for tensor in lists[0]}
+    return (*kinds, devices.pop().type) if len(devices) == 1 else None
 
 
 def _signature(row: Sequence[Stored], rounding: Rounding, names: Sequence[str]) -> tuple[str, ...]:

@@ -39,9 +39,16 @@ ASSIGN = Kernel(assign, ("p", "value"), ())
 AVERAGE = Kernel(average, ("p", "ema"), ("old", "new"))
 
 
-def is_modified(group: Group) -> bool:
+def is_modified(group: Group, rule: Rule) -> bool:
     """Say whether anything here changes what the rule alone would do."""
-    return bool(group["cautious"] or group["cautious_decay"] or group["hyperball"] or group["ema"])
+    return bool(
+        group["cautious"] or group["cautious_decay"] or group["hyperball"] or group["ema"] or _rounds_here(group, rule)
+    )
+
+
+def _rounds_here(group: Group, rule: Rule) -> bool:
+    """Say whether the rule needs its weights rounded for it: one that works on whole matrices rounds to nearest."""
+    return group["rounding"] != "nearest" and not rule.is_elementwise
 
 
 def check_modifiers(group: Group, rule: Rule) -> None:
@@ -75,11 +82,12 @@ def modified_update(rule: Rule, works: list[Work]) -> None:
     - ``cautious_decay``: only elements that ``d`` moves towards zero decay. Chen et al., arXiv:2510.12402.
     - ``hyperball``: a matrix keeps the norm ``R`` it began with, and its step has the norm ``lr * R``; no decay. One that
       began at zero grows up to the norm of a matrix with entries of deviation ``1 / sqrt(columns)``. arXiv:2606.16899.
-    - ``ema``: a running average of the weights, ``ema * average + (1 - ema) * p``, which `RuledOptimizer.eval` reads out,
-      mixed with the weights by ``ema_share``.
+    - ``ema``: a running average of the weights, ``e * average + (1 - e) * p`` with ``e = min(ema, (1 + t) / (10 + t))``, which
+      `RuledOptimizer.eval` reads out, mixed with the weights by ``ema_share``.
     """
-    stepped = [work for work in works if any(work.group[name] for name in _NEEDS_STEP)]
-    if plain := [work for work in works if not any(work.group[name] for name in _NEEDS_STEP)]:
+    needs_step = [any(w.group[name] for name in _NEEDS_STEP) or _rounds_here(w.group, rule) for w in works]
+    stepped = [work for work, needs in zip(works, needs_step, strict=True) if needs]
+    if plain := [work for work, needs in zip(works, needs_step, strict=True) if not needs]:
         rule.update(plain)
     if stepped:
         copies = [_with_copies(work) for work in stepped]
@@ -97,7 +105,8 @@ def modified_update(rule: Rule, works: list[Work]) -> None:
             _take_step(rule, work, copy.params)
     for work in works:
         if work.group["ema"] > 0:
-            decay = work.group["ema"]
+            # Short memory at first, or the average would be the initial weights for a long time.
+            decay = min(work.group["ema"], (1.0 + work.step) / (10.0 + work.step))
             tensors = {"p": [local(p) for p in work.params], "ema": [local(state["ema"]) for state in work.states]}
             AVERAGE(tensors, {"old": decay, "new": 1.0 - decay})
 

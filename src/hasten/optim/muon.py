@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError
-from hasten.optim.elementwise import wide_zeros
+from hasten.optim.elementwise import decay_rate, wide_zeros
 from hasten.optim.exchange import Exchange, rounds
 from hasten.optim.matrices import SETTINGS as MATRIX_SETTINGS
 from hasten.optim.matrices import Piece, apply, matrix_shape, parts, pieces_of, step_scale
@@ -179,7 +179,7 @@ def _finish(pieces: Sequence[Piece], updates: Sequence[Tensor], is_normalized: b
             if scale != scales[0]:
                 view.mul_(scale / scales[0])
         lr = float(group["lr"])
-        apply(piece.weight, update, keep=1.0 - lr * group["weight_decay"], step_size=lr * scales[0])
+        apply(piece.weight, update, keep=1.0 - decay_rate(group), step_size=lr * scales[0])
 
 
 def _row_factors(pieces: Sequence[Piece], updates: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -247,9 +247,9 @@ class Muon(RuledOptimizer):
     """Muon: the momentum of a matrix, made orthogonal, is its step; everything that is no matrix goes to AdamW.
 
     ``m = momentum * m + (1 - momentum) * g``, ``u = orthogonal(momentum * m + (1 - momentum) * g)``,
-    ``p -= lr * (scale * u + weight_decay * p)``. Decay on matrices and the scale ``0.2 * sqrt(max(rows, columns))``, with which
-    AdamW's learning rate fits, make it D-Muon (Liu et al., arXiv:2502.16982). Give embeddings and the head to AdamW:
-    `hasten.optimizer` does. Source: Jordan et al., kellerjordan.github.io/posts/muon.
+    ``p -= lr * (scale * u + weight_decay * p)``. Decay on matrices and the scale ``0.2 * sqrt(max(rows, columns))``,
+    with which AdamW's learning rate fits, make it D-Muon (Liu et al., arXiv:2502.16982). Give embeddings and the head
+    to AdamW: `hasten.optimizer` does. Source: Jordan et al., kellerjordan.github.io/posts/muon.
 
     Args:
         params: parameters, or groups of them; vectors go to AdamW by themselves.

@@ -31,7 +31,8 @@ BATCH_ELEMENTS = 1 << 27
 # In bfloat16 five steps on one Gram matrix diverge where singular values span 100:1 (largest 1e7 instead of 1), two and
 # then three end in 0.91 to 1.11; two, two and one are as good as the plain form.
 BF16_STRETCH = 2
-_SMALLEST = 1e-30
+# Least norm that is divided by: below it the squares of float32 underflow, and dividing by too little would diverge.
+_SMALLEST = 1e-15
 
 
 def orthogonalize(
@@ -69,7 +70,8 @@ def orthogonalize(
         return matrices.to(dtype)
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     wide = matrices.mT if is_tall else matrices
-    norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_min_(_SMALLEST)
+    precise = torch.promote_types(wide.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True, dtype=precise).clamp_min_(_SMALLEST)
     norm = norm * (1.02 if coefficients == "polar_express" else 1.0)
     unit = (wide / norm).to(dtype)
     flat = unit if unit.ndim == 2 else unit.reshape(-1, *unit.shape[-2:])

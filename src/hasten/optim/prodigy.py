@@ -84,15 +84,21 @@ def _update(works: list[Work]) -> None:
     if denominator == 0.0:
         return
     new_d = _new_distance(first, numerator / denominator) if lr > 0 else d
-    for group in {id(work.group): work.group for work in works}.values():
-        # The estimate is shared: every group carries the same numbers.
-        group.update(d=new_d, d_max=first["d_max"], d_numerator=numerator, k=group["k"] + 1)
+    # The other groups follow before the next step.
+    first.update(d=new_d, d_numerator=numerator, k=first["k"] + 1)
     for work in works:
         group = work.group
         if float(group["lr"]) == 0.0:
             continue
         keep = 1.0 - group["weight_decay"] * rate
         apply(MOVE, work, {"keep": keep, "eps": new_d * group["eps"], "step_size": rate})
+
+
+def _share(groups: list[Group]) -> None:
+    """Give every group the numbers of the one that moved last: the estimate is one for all."""
+    newest = max(groups, key=lambda group: group["k"])
+    for group in groups:
+        group.update({name: newest[name] for name in ("d", "d_max", "d_numerator", "k")})
 
 
 def _beta3(group: Group) -> float:
@@ -114,8 +120,6 @@ def _new_distance(group: Group, ratio: float) -> float:
 
 
 def _init(parameter: Tensor, group: Group) -> dict[str, Tensor]:
-    if group["d"] is None:
-        group["d"] = group["d_max"] = group["d0"]
     start = wide_zeros(parameter).copy_(parameter.detach())
     return {"p0": start, **zeros(parameter, group, "s", "exp_avg", "exp_avg_sq")}
 
@@ -127,6 +131,8 @@ def _check(group: Group) -> None:
     check_number(group, "eps")
     check_number(group, "d0", is_open=True)
     check_number(group, "d_coef", is_open=True)
+    for name in ("d", "d_max"):
+        group[name] = group["d0"] if group[name] is None else group[name]
     if not group["growth_rate"] > 1.0:
         raise RecipeError(
             f"optimizer.growth_rate={group['growth_rate']} lets nothing grow; give a number above 1, or infinity."
@@ -157,6 +163,7 @@ PRODIGY = Rule(
     },
     init=_init,
     update=_update,
+    before=_share,
     check=_check,
 )
 

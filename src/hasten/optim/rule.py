@@ -49,6 +49,7 @@ class Rule:
             checked already.
         only_matrices: whether parameters of fewer than two dimensions have to go elsewhere.
         is_elementwise: whether a shard of a parameter can be updated without the rest of it.
+        before: counts the step in all groups of this rule, those without a gradient too; None where nothing is carried.
         averaged: writes the weights to evaluate with into the parameters; None where they are the trained ones.
         estimate: takes the gradients of a loss over sampled labels into the state; None where none are needed.
         is_coupled: whether the decay is added to the gradient, and so a part of the step.
@@ -64,6 +65,7 @@ class Rule:
     check: Callable[[Group], None] = _nothing
     only_matrices: bool = False
     is_elementwise: bool = True
+    before: Callable[[list[Group]], None] | None = None
     averaged: Callable[[Work], None] | None = None
     estimate: Callable[[list[Work]], None] | None = None
     is_coupled: bool = False

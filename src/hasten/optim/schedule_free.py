@@ -47,13 +47,10 @@ KERNEL = Kernel(
 
 
 def _update(works: list[Work]) -> None:
-    shares: dict[int, tuple[float, float]] = {}
     for work in works:
-        group = work.group
-        if id(group) not in shares:  # once a step, however many kinds of work a group has
-            shares[id(group)] = _advance(group)
-        lr, share = shares[id(group)]
-        beta1, beta2 = group["betas"]
+        group, (beta1, beta2) = work.group, work.group["betas"]
+        lr, weight = _warmed(group, group["k"]), _weight(group)
+        share = weight / group["weight_sum"] if group["weight_sum"] > 0 else 0.0
         numbers = {
             "beta2": beta2,
             "rest2": 1.0 - beta2,
@@ -68,15 +65,23 @@ def _update(works: list[Work]) -> None:
         apply(KERNEL, work, numbers)
 
 
-def _advance(group: Group) -> tuple[float, float]:
-    """Count the step in the group; return its learning rate and the share of z in the average."""
-    done, warmup = group["k"], group["warmup_steps"]
-    lr = float(group["lr"]) * ((done + 1) / warmup if done < warmup else 1.0)
-    group["lr_max"] = max(lr, group["lr_max"])
-    weight = (done + 1) ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
-    group["weight_sum"] += weight
-    group["k"] = done + 1
-    return lr, weight / group["weight_sum"] if group["weight_sum"] > 0 else 0.0
+def _advance(groups: list[Group]) -> None:
+    """Count the step in every group, one without a gradient too, as the authors do."""
+    for group in groups:
+        group["k"] += 1
+        group["lr_max"] = max(_warmed(group, group["k"]), group["lr_max"])
+        group["weight_sum"] += _weight(group)
+
+
+def _warmed(group: Group, step: int) -> float:
+    """Return the learning rate of step `step`, counted from 1."""
+    warmup = group["warmup_steps"]
+    return float(group["lr"]) * (step / warmup if step <= warmup else 1.0)
+
+
+def _weight(group: Group) -> float:
+    """Return what the present step weighs in the average."""
+    return group["k"] ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
 
 
 def _averaged(work: Work) -> None:
@@ -122,6 +127,7 @@ SCHEDULE_FREE = Rule(
     init=_init,
     update=_update,
     check=_check,
+    before=_advance,
     averaged=_averaged,
 )
 
@@ -130,7 +136,8 @@ class ScheduleFreeAdamW(RuledOptimizer):
     """Schedule-Free AdamW: gradients at y, steps of z, evaluation at x, the average of z.
 
     ``eval()`` puts x into the parameters and ``train()`` puts y back, bit for bit; save and evaluate weights between the two.
-    Use it with a constant learning rate and with gradient clipping (needed in arXiv:2509.01440, contrary to its
+    Bias correction counts each parameter's own steps (the authors count the group's, which differs for parameters whose
+    gradients begin late). Use it with a constant learning rate and with gradient clipping (needed in arXiv:2509.01440, contrary to its
     authors). Source: Defazio et al., arXiv:2405.15682.
 
     Args:

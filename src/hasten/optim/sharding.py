@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,13 +29,24 @@ def add_up(sums: Tensor, params: Sequence[Tensor]) -> Tensor:
     Raises:
         RecipeError: a parameter is placed in a way for which local sums mean nothing.
     """
+    return torch.stack(add_up_each(sums.unbind(), params)) if any(map(_is_sharded_type, params)) else sums
+
+
+def add_up_each(values: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """Return `values`, one tensor per parameter of sums over its local part, added up as by `add_up`.
+
+    Args:
+        values: of one number format and device, of any shapes.
+        params: sharded or not, in the same order on every process.
+
+    Raises:
+        RecipeError: a parameter is placed in a way for which local sums mean nothing.
+    """
+    total = list(values)
     meshes: dict[object, list[int]] = {}
     for place, parameter in enumerate(params):
         if _is_sharded_type(parameter):
             meshes.setdefault(parameter.device_mesh, []).append(place)
-    if not meshes:
-        return sums
-    total = sums.clone()
     for mesh, places in meshes.items():
         for dim in range(mesh.ndim):
             moved = []
@@ -48,26 +60,27 @@ def add_up(sums: Tensor, params: Sequence[Tensor]) -> Tensor:
                         "shard the model with fully_shard."
                     )
             if moved:
-                part = total[moved].to(params[moved[0]].device)
+                joined = torch.cat([total[place].reshape(-1) for place in moved])
+                part = joined.to(params[moved[0]].device)
                 torch.distributed.all_reduce(part, group=mesh.get_group(dim))
-                total[moved] = part.to(total.device)
+                pieces = part.to(joined.device).split([total[place].numel() for place in moved])
+                for place, piece in zip(moved, pieces, strict=True):
+                    total[place] = piece.view(total[place].shape)
     return total
 
 
+def local_parts(tensors: list[Tensor]) -> list[Tensor]:
+    """Return `local` of each."""
+    if any(_is_sharded(kind) for kind in {type(tensor) for tensor in tensors}):
+        return [local(tensor) for tensor in tensors]
+    return tensors
+
+
 def _is_sharded_type(tensor: Tensor) -> bool:
+    return _is_sharded(type(tensor))
+
+
+@functools.cache
+def _is_sharded(kind: type) -> bool:
     # Known without importing torch.distributed.tensor, which costs half a second and which most runs never need.
-    return type(tensor).__name__ == "DTensor" or "DTensor" in {kind.__name__ for kind in type(tensor).__mro__}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of `tensor`, gathered where it is sharded."""
-    return tensor.full_tensor() if _is_sharded_type(tensor) else tensor
-
-
-def local_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of a whole `tensor` that this process holds of `parameter`."""
-    if not _is_sharded_type(parameter):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    return any(parent.__name__ == "DTensor" for parent in kind.__mro__)

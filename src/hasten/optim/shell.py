@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -182,12 +183,14 @@ class RuledOptimizer(torch.optim.Optimizer):
         if self._evaluating:
             raise RecipeError("The optimizer holds its evaluation weights; call optimizer.train() before step().")
         works = self._works()
-        for name in dict.fromkeys(work.group["rule"] for work in works):
+        for name in dict.fromkeys(group["rule"] for group in self.param_groups):
             rule = _rule(name)
+            if rule.before is not None:
+                rule.before([group for group in self.param_groups if group["rule"] == name])
             mine = [work for work in works if work.group["rule"] == name]
-            if plain := [work for work in mine if not is_modified(work.group)]:
+            if plain := [work for work in mine if not is_modified(work.group, rule)]:
                 rule.update(plain)
-            if modified := [work for work in mine if is_modified(work.group)]:
+            if modified := [work for work in mine if is_modified(work.group, rule)]:
                 modified_update(rule, modified)
         for work in works:
             work.states[0]["step"] += 1.0
@@ -355,6 +358,7 @@ class RuledOptimizer(torch.optim.Optimizer):
         return make_plan(self.param_groups, names, _state_bytes, tokens_per_step=tokens_per_step)
 
 
+@functools.cache
 def _rule(name: str) -> Rule:
     from hasten.optim import RULES  # The table stands beside the classes, which stand on this file.
 

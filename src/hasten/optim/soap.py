@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from hasten.optim.eigenbasis import add_outer_, complete_, first_basis, next_basis
+from hasten.optim.elementwise import decay_rate
 from hasten.optim.exchange import balanced, held_rows
 from hasten.optim.matrices import SETTINGS as MATRIX_SETTINGS
 from hasten.optim.matrices import apply, matrix_shape, parts, sharded_dim
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
 from hasten.optim.sharding import local
+from hasten.optim.shell import Params, RuledOptimizer
 
 Finish = Callable[[Tensor, Group], None]
 
@@ -112,14 +114,15 @@ def check(group: Group) -> None:
 def update(works: list[Work]) -> None:
     """Apply one step of SOAP.
 
-    With bases L and R of the statistics (averages of ``g g^T`` and ``g^T g``): ``g' = L^T g R``; m and v are averages of
-    g' and its square; ``p <- p - lr sqrt(c2) / c1 L (m / (sqrt(v) + eps)) R^T``, then ``p <- p (1 - lr wd)``. The first
-    gradient only gives the bases. Every ``precondition_frequency`` steps a basis takes one step of orthogonal iteration.
+    With bases L and R of the statistics (averages of ``g g^T`` and ``g^T g``): ``g' = L^T g R``; m and v are averages
+    of g' and its square; ``p <- p - lr sqrt(c2) / c1 L (m / (sqrt(v) + eps)) R^T``, then ``p <- p (1 - lr wd)``. The
+    first gradient only gives the bases. Every ``precondition_frequency`` steps a basis takes one step of orthogonal
+    iteration.
 
     Source: Vyas et al., arXiv:2409.11321, and the authors' code. Same numbers with fewer products: m stays in the bases
-    and is turned only when they change (6 products a step instead of 10). Ours differs where `spread_refresh` is on: the
-    matrices of a group refresh at different steps, so that no step takes much longer than others. Tensors of four and
-    more dimensions are taken as matrices, those of three as stacks; the authors turn every dimension.
+    and is turned only when they change (6 products a step instead of 10). Ours differs where `spread_refresh` is on:
+    the matrices of a group refresh at different steps, so that no step takes much longer than others. Tensors of four
+    and more dimensions are taken as matrices, those of three as stacks; the authors turn every dimension.
 
     ``one_sided`` keeps only the basis of the shorter side (rows of a square). ``kl`` weighs each statistic with the
     other side's inverse eigenvalues r, ``g R diag(1 / r) R^T g^T / columns``; r is an average of the mean squares of
@@ -128,7 +131,7 @@ def update(works: list[Work]) -> None:
     for weight, direction, group, step in directions(works):
         correction = bias_correction(group, step)
         lr = float(group["lr"])
-        keep = 1.0 - lr * group["weight_decay"]
+        keep = 1.0 - decay_rate(group)
         apply(weight, direction, keep=keep, step_size=lr * correction * keep)
 
 
@@ -148,7 +151,10 @@ def directions(works: list[Work], finish: Finish | None = None) -> Iterator[tupl
         finish: changes the whole direction (as matrix, under a group) in place, before the local part is taken.
     """
     for work in works:
-        slots = refresh_slots(work.group.get("params", work.params), work.group)
+        members = {id(member) for member in work.group.get("params", ())}
+        # All of the group, not only those with a gradient now; but copies of its parameters stand for themselves.
+        is_whole = all(id(parameter) in members for parameter in work.params)
+        slots = refresh_slots(work.group["params"] if is_whole else work.params, work.group)
         for parameter, gradient, state in zip(work.params, work.grads, work.states):
             weight = local(parameter)
             whole = gradient if local(gradient) is gradient else gradient.full_tensor()
@@ -225,7 +231,8 @@ def _step(block: Block, group: Group, clock: int) -> Tensor:
     block.first.lerp_(turned, 1.0 - beta1)
     block.second.lerp_(turned * turned, 1.0 - beta2)
     factors = _kl_factors(block, group, turned) if group["kl"] else None
-    scaled = torch.div(block.first, block.second.sqrt().add_(group["eps"]), out=turned)
+    # Without a basis `turned` is the gradient itself, which is not ours to write.
+    scaled = torch.div(block.first, block.second.sqrt().add_(group["eps"]), out=turned if block.sides else None)
     direction = block.turn(scaled, back=True)
     del turned, scaled
     for side in block.sides:
@@ -298,3 +305,50 @@ RULE = Rule(
     only_matrices=True,
     is_elementwise=False,
 )
+
+
+class SOAP(RuledOptimizer):
+    """SOAP: Adam in the slowly turning eigenbasis of a matrix's gradients; everything that is no matrix goes to AdamW.
+
+    See `update`. State is 8 bytes for each element, and 8 for each element of the two square statistics: for a matrix
+    four times as long as wide 42 bytes per parameter in all, with ``one_sided`` 10. Give embeddings and the head to
+    AdamW: `hasten.optimizer` does. Source: Vyas et al., arXiv:2409.11321.
+
+    Args:
+        params: parameters, or groups of them; vectors go to AdamW by themselves.
+        lr: learning rate, at least 0.
+        betas: decay rates of the first and second moments, in [0, 1).
+        shampoo_beta: decay rate of the statistics, in [0, 1); None for the second of `betas`.
+        eps: added to the root of the second moment, before the bias correction; at least 0.
+        precondition_frequency: steps between changes of a basis, at least 1; 1 at large batch (arXiv:2607.20548).
+        max_precond_dim: longer sides have no basis.
+        one_sided: whether only the shorter side has a basis.
+        kl: KL-SOAP, arXiv:2509.03378.
+        correct_bias: whether moments are corrected for their start at zero.
+        weight_decay: decoupled, times the learning rate, at least 0.
+        **more: ``spread_refresh`` (False: all bases change at the same step, as the authors'), and see
+            `RuledOptimizer`.
+
+    Raises:
+        RecipeError: a setting is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        one_sided: bool = False,
+        kl: bool = False,
+        correct_bias: bool = True,
+        weight_decay: float = 0.01,
+        **more: Any,
+    ) -> None:
+        moments = {"betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "correct_bias": correct_bias}
+        bases = {"precondition_frequency": precondition_frequency, "max_precond_dim": max_precond_dim}
+        form = {"one_sided": one_sided, "kl": kl, "weight_decay": weight_decay}
+        super().__init__(params, RULE, lr=lr, **moments, **bases, **form, **more)

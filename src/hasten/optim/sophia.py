@@ -93,7 +93,7 @@ class Sophia(RuledOptimizer):
 
     Every `estimate_every` steps, after ``step()``: sample labels from the model's own output, take the gradient of the mean
     loss over them, call ``estimate()``, drop the gradients. hasten's trainer does it by itself (`estimate_every` tells
-    it). Handle with care: it diverged on every run past 2.1B tokens in arXiv:2509.01440. Source: Liu et al.,
+    it). Handle with care: it diverged on long runs of 124M parameters in arXiv:2509.01440. Source: Liu et al.,
     arXiv:2305.14342.
 
     Args:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.errors import RecipeError
+from hasten.optim.sharding import local
+
 # Elements of a row that share one scale; `hasten.optim.native` has the same number.
 QUANTUM = 256
 # Smaller tensors, and vectors, keep float32 state: they are no memory and matter most (as in Dettmers et al.).
@@ -60,7 +63,16 @@ def can_pack(parameter: Tensor) -> bool:
 
 
 def empty_packed(parameter: Tensor, *, is_signed: bool) -> Packed:
-    """Return zeros in 8 bits for `parameter` (sharded like it, where it is)."""
+    """Return zeros in 8 bits for `parameter` (sharded like it, where it is).
+
+    Raises:
+        RecipeError: its rows are cut into shards, which would give the same elements other scales.
+    """
+    if local(parameter).shape[-1] != parameter.shape[-1]:
+        raise RecipeError(
+            "optimizer.state_format='8bit' needs whole rows, and a parameter is sharded along its last dimension; "
+            "shard the first, as fully_shard does."
+        )
     quanta = -(-parameter.shape[-1] // QUANTUM)
     codes = torch.zeros_like(parameter, dtype=torch.int8 if is_signed else torch.uint8)
     # A product along the last dimension keeps whatever sharding the rows have.

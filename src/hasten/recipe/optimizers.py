@@ -314,6 +314,32 @@ class NorMuonChoices(MuonChoices):
     beta2: Beta = 0.95
 
 
+class SOAPChoices(OptimizerChoices):
+    """SOAP for hidden matrices, AdamW for the rest: Adam in the eigenbasis of a matrix's gradients.
+
+    Args:
+        precondition_frequency: steps between two refreshes of a basis.
+        max_precond_dim: sides longer than this are not turned.
+        one_sided: whether only the shorter side of a matrix is turned: less memory and time.
+        kl: whether the two sides' statistics take each other into account.
+    """
+
+    name: Literal["soap"] = "soap"
+    betas: Betas = (0.95, 0.95)
+    eps: Small = 1e-8
+    precondition_frequency: Count = 10
+    max_precond_dim: Count = 10000
+    one_sided: bool = False
+    kl: bool = False
+
+
+class SOAPMuonChoices(SOAPChoices):
+    """SOAP's direction, then made orthogonal as Muon's."""
+
+    name: Literal["soap_muon"] = "soap_muon"  # type: ignore[assignment]
+    adjust_lr: Literal["match_rms_adamw", "original", "rms_to_rms"] = "match_rms_adamw"
+
+
 Optimizers = Annotated[
     AdamWChoices
     | AdamChoices
@@ -329,6 +355,8 @@ Optimizers = Annotated[
     | ProdigyChoices
     | SophiaChoices
     | MuonChoices
-    | NorMuonChoices,
+    | NorMuonChoices
+    | SOAPChoices
+    | SOAPMuonChoices,
     Field(discriminator="name"),
 ]
