@@ -1,15 +1,16 @@
-"""How many steps an optimizer needs for the loss that tuned AdamW ends with: the reference run, finished schedules only.
+"""How many steps an optimizer needs for the loss that tuned AdamW ends with: the reference run, schedules finished.
 
     python benchmarks/bench_optimizer_steps.py --out benchmarks/results/<date>_optimizer_steps [--workers 2]
 
 1. Every optimizer is tuned over its learning rate: a grid of the full run, one seed, the same number of tries each; the
    grid is extended while the best rate lies at its edge.
 2. The tuned rate runs with every seed at the full horizon; AdamW's mean final loss of a seed is what the others aim at.
-3. The others run on a ladder of shorter horizons, each with its schedule finished: from 0.75 up or down until AdamW's loss
-   of the same seed lies between two rungs, where it is interpolated linearly in log steps; not reached is said, not guessed.
+3. The others run on a ladder of shorter horizons, each with its schedule finished: from 0.75 up or down until AdamW's
+   loss of the same seed lies between two rungs, where it is interpolated linearly in log steps; not reached is said, not
+   guessed.
 
-Held-out loss over the same fixed tokens for all. Every run is appended to ``runs.jsonl`` and never done again, so that a
-stopped study goes on. The seed decides initial weights and data order, so arms with one seed are paired.
+Held-out loss over the same fixed tokens for all. Every run is appended to ``runs.jsonl`` and never done again, so that
+a stopped study goes on. The seed decides initial weights and data order, so arms with one seed are paired.
 """
 
 from __future__ import annotations
@@ -145,6 +146,9 @@ def main() -> None:
         return
     study = Study(options.out, options.workers, extra)
     arms = options.arms.split(",")
+    # All first tries at once, so that every worker has something to do.
+    grid = [(arm, START[arm] * factor) for arm in arms for factor in GRID]
+    study.losses([{"arm": arm, "lr": lr, "seed": 0, "steps": options.steps} for arm, lr in grid])
     rates = {arm: tuned_rate(study, arm, options.steps) for arm in arms}
     print("tuned:", rates, flush=True)
     if options.tune_only:

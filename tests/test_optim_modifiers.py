@@ -61,8 +61,8 @@ def test_on_the_hyperball_matrices_keep_their_norm_and_steps_have_theirs(name):
         train(params, stepper, step, step + 1)
         for p, old, norm in list(zip(params, before, norms, strict=True))[:2]:
             assert p.norm().item() == pytest.approx(norm, rel=1e-5)
-            # The step is taken straight and then brought back to the sphere.
-            assert (p - old).norm().item() == pytest.approx(0.01 * norm, rel=0.05)
+            # The step is taken straight, then what points away from the sphere is undone.
+            assert 0.8 * 0.01 * norm < (p - old).norm().item() <= 1.0001 * 0.01 * norm
 
 
 def test_a_matrix_that_begins_at_zero_grows_up_to_its_sphere():
@@ -102,26 +102,19 @@ def test_modifiers_compose_with_every_rule_and_resume_exactly(name, flag):
     train(held, resumed, 3, 6)
     assert all(torch.equal(a, b) for a, b in zip(whole, held, strict=True))
     train(plain, OPTIMIZERS[name](plain, weight_decay=0.1, lr=1e-2), 0, 6)
-    is_changed = not all(torch.equal(a, b) for a, b in zip(whole, plain, strict=True))
-    # Prodigy hardly moves in six steps, so a step against the gradient does not occur.
-    assert is_changed == (flag != "ema") or name == "prodigy"
+    if name != "prodigy":  # it hardly moves in six steps, so that a step against the gradient does not occur
+        is_changed = not all(torch.equal(a, b) for a, b in zip(whole, plain, strict=True))
+        assert is_changed == (flag != "ema")
 
 
-@pytest.mark.parametrize("flag", ["cautious", "cautious_decay", "hyperball"])
-def test_a_flag_that_is_off_is_no_change_to_the_rounding_of_a_step(flag):
-    """The step made on copies is the step made on the weights: without the flag's effect both agree."""
+@pytest.mark.parametrize("flag", ["cautious", "cautious_decay"])
+def test_a_modifier_without_anything_to_change_leaves_the_step_as_it_is(flag):
+    """In its first step all of Adam points along the gradient, and without decay there is none to leave out."""
     params, same = weights(), weights()
     train(params, AdamW(params, lr=1e-2, weight_decay=0.0), 0, 1)
-    stepper = AdamW(same, lr=1e-2, weight_decay=0.0, **{flag: True})
-    if flag == "hyperball":
-        same = same[2:]  # vectors are on no sphere
-        params = params[2:]
-    train(same, stepper, 0, 1)
-    if flag == "cautious":  # in the first step all of Adam points along the gradient
-        assert stepper.param_groups[0]["cautious"]
+    train(same, AdamW(same, lr=1e-2, weight_decay=0.0, **{flag: True}), 0, 1)
     for a, b in zip(params, same, strict=True):
-        if flag != "hyperball":
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
@@ -152,12 +145,12 @@ def test_kahan_follows_float32_weights_where_rounding_to_nearest_stands_still():
 
 def test_the_average_is_read_out_and_put_back():
     weight = nn.Parameter(torch.tensor([1.0]))
-    stepper = torch_sgd_like = OPTIMIZERS["sgd"]([weight], lr=1.0, ema=0.75, ema_share=0.5)
+    stepper = OPTIMIZERS["sgd"]([weight], lr=1.0, ema=0.75, ema_share=0.5)
     weight.grad = torch.tensor([1.0])
-    stepper.step()  # the weight is 0, its average 0.75
-    assert torch_sgd_like.averages
+    stepper.step()  # the weight is 0, its average 2 / 11: memory is short at first
+    assert stepper.averages
     stepper.eval()
-    assert weight.item() == pytest.approx(0.375)
+    assert weight.item() == pytest.approx(1 / 11)
     stepper.train()
     assert weight.item() == 0.0
 

@@ -47,6 +47,20 @@ def remainder(parameter: Tensor, group: Group) -> dict[str, Tensor]:
     return {LOW: torch.zeros_like(parameter)} if is_kept else {}
 
 
+def remainders(work: Work) -> list[Tensor] | None:
+    """Return what rounding has cut off each weight so far, local parts, where that is kept; None where it is not.
+
+    State from before ``rounding`` was changed has none yet: it is made here, since kernels write to it by address.
+    """
+    if work.group["rounding"] != "kahan":
+        return None
+    for parameter, state in zip(work.params, work.states, strict=True):
+        if LOW not in state:
+            state.update(remainder(parameter, work.group))
+    # Weights that are not rounded have none, and any tensor stands for it.
+    return [local(state.get(LOW, state["step"])) for state in work.states]
+
+
 def decay_rate(group: Group) -> float:
     """Return the share of a weight that decays in this step: ``lr * weight_decay``, with the present or the peak lr.
 
@@ -94,5 +108,4 @@ def apply(
     if mode == "nearest":
         return kernel(tensors, scalars)
     seed = mix_number(work.group["seed"] * 0x9E3779B9 + work.step) if mode == "stochastic" else 0
-    low = [local(s[LOW]) if LOW in s else s["step"] for s in work.states] if mode == "kahan" else None
-    return kernel(tensors, scalars, rounding=Rounding(mode, seed), low=low)
+    return kernel(tensors, scalars, rounding=Rounding(mode, seed), low=remainders(work))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError
-from hasten.optim.elementwise import LOW, decay_rate
+from hasten.optim.elementwise import LOW, decay_rate, remainders
 from hasten.optim.kernels import Kernel, Rounding
 from hasten.optim.rule import Group, Rule, Work, check_number
 from hasten.optim.sharding import add_up, local
@@ -158,8 +158,9 @@ def _take_step(rule: Rule, work: Work, made: list[Tensor]) -> None:
         _back_to_sphere(work, new, on_sphere)
     mode = group["rounding"]
     seed = mix_number(group["seed"] * 0x9E3779B9 + work.step) if mode == "stochastic" else 0
-    low = [local(s[LOW]) if LOW in s else s["step"] for s in work.states] if mode == "kahan" else None
-    ASSIGN({"p": [local(p) for p in work.params], "value": new}, {}, rounding=Rounding(mode, seed), low=low)
+    ASSIGN(
+        {"p": [local(p) for p in work.params], "value": new}, {}, rounding=Rounding(mode, seed), low=remainders(work)
+    )
 
 
 def _take_radii(work: Work, old: list[Tensor], has_radius: list[bool]) -> None:

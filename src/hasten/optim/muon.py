@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError
-from hasten.optim.elementwise import decay_rate, wide_zeros
+from hasten.optim.elementwise import decay_rate, remainder, wide_zeros
 from hasten.optim.exchange import Exchange, rounds
 from hasten.optim.matrices import SETTINGS as MATRIX_SETTINGS
 from hasten.optim.matrices import Piece, apply, matrix_shape, parts, pieces_of, step_scale
@@ -40,7 +40,7 @@ def init(parameter: Tensor, group: Group) -> dict[str, Tensor]:
         RecipeError: `split_sizes` do not fit the shape.
     """
     parts(matrix_shape(parameter, group), group)
-    return {"momentum_buffer": wide_zeros(parameter)}
+    return {"momentum_buffer": wide_zeros(parameter)} | remainder(parameter, group)
 
 
 def init_normalized(parameter: Tensor, group: Group) -> dict[str, Tensor]:

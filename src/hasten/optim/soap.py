@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.optim.eigenbasis import add_outer_, complete_, first_basis, next_basis
-from hasten.optim.elementwise import decay_rate
+from hasten.optim.elementwise import decay_rate, remainder
 from hasten.optim.exchange import balanced, held_rows
 from hasten.optim.matrices import SETTINGS as MATRIX_SETTINGS
 from hasten.optim.matrices import apply, matrix_shape, parts, sharded_dim
@@ -83,7 +83,7 @@ def init(parameter: Tensor, group: Group) -> dict[str, Tensor]:
     """
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     whole = torch.zeros(parameter.shape, dtype=dtype, device=local(parameter).device)
-    state = {"exp_avg": whole, "exp_avg_sq": whole.clone()}
+    state = {"exp_avg": whole, "exp_avg_sq": whole.clone()} | remainder(parameter, group)
     shape = matrix_shape(parameter, group)
     for block in _blocks(shape, group, whole.view(shape), state):
         for side in block.sides:
