@@ -27,6 +27,11 @@ from pathlib import Path
 
 ARMS = ("adamw", "ademamix", "muon", "soap")
 START = {"adamw": 5e-3, "ademamix": 2.5e-3, "muon": 5e-3, "soap": 5e-3}
+# The reference recipe writes AdamW's betas out.
+MORE = {
+    "ademamix": ["optimizer.betas=[0.9,0.999,0.999]"],
+    "soap": ["optimizer.betas=[0.95,0.95]"],
+}
 GRID = (0.5, 1.0, 2.0)
 LADDER = (0.5, 0.65, 0.75, 0.87, 1.0)
 SEEDS = (0, 1, 2)
@@ -43,7 +48,7 @@ def run_one(arm: str, lr: float, seed: int, steps: int, extra: list[str]) -> dic
     from hasten.recipe import resolve
 
     torch.set_num_threads(1)
-    settings = [f"optimizer={arm}", f"lr={lr}", f"seed={seed}", f"budget={steps}", *extra]
+    settings = [f"optimizer={arm}", f"lr={lr}", f"seed={seed}", f"budget={steps}", *MORE.get(arm, ()), *extra]
     recipe = resolve("reference", settings).recipe
     began, cpu = time.perf_counter(), time.process_time()
     data = prepare_for(recipe)

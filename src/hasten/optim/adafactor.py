@@ -12,65 +12,125 @@ from hasten.optim.elementwise import apply, decay_rate, remainder
 from hasten.optim.kernels import Kernel
 from hasten.optim.matrices import sharded_dim
 from hasten.optim.rule import Group, Rule, Work, check_number
-from hasten.optim.sharding import add_up, add_up_each, local
+from hasten.optim.sharding import add_up, add_up_each, local, local_parts
 from hasten.optim.shell import Params, RuledOptimizer
 
+# Elements that squares are taken of at a time.
+PART = 1 << 18
 
-def move_step(p: Tensor, update: Tensor, *, keep: float, step_size: float) -> dict[str, Tensor]:
-    """Return the new weight."""
+
+def matrix_squares(g: Tensor, row: Tensor, column: Tensor, *, least: float) -> dict[str, Tensor]:
+    """Return the squares of a matrix's update, to be summed."""
+    update = g / torch.sqrt(torch.clamp_min(row * column, least))
+    return {"squares": update * update}
+
+
+def matrix_step(
+    p: Tensor, g: Tensor, row: Tensor, column: Tensor, *, least: float, keep: float, step_size: float
+) -> dict[str, Tensor]:
+    """Return the new matrix; ``row * column`` estimates the squared gradient."""
+    update = g / torch.sqrt(torch.clamp_min(row * column, least))
     return {"p": keep * p - step_size * update}
 
 
-MOVE = Kernel(move_step, ("p", "update"), ("keep", "step_size"))
+def vector_squares(g: Tensor, variance: Tensor, *, least: float) -> dict[str, Tensor]:
+    """Return the squares of a vector's update, to be summed."""
+    update = g / torch.sqrt(torch.clamp_min(variance, least))
+    return {"squares": update * update}
+
+
+def vector_step(
+    p: Tensor, g: Tensor, variance: Tensor, *, least: float, keep: float, step_size: float
+) -> dict[str, Tensor]:
+    """Return the new vector."""
+    return {"p": keep * p - step_size * (g / torch.sqrt(torch.clamp_min(variance, least)))}
+
+
+def vector_statistics(g: Tensor, variance: Tensor, *, old: float, new: float) -> dict[str, Tensor]:
+    """Return the new squared gradient of a vector."""
+    return {"variance": old * variance + new * (g * g)}
+
+
+_ACROSS = {"by_row": ("row",), "by_column": ("column",)}
+MATRIX_SQUARES = Kernel(matrix_squares, ("g", "row", "column"), ("least",), **_ACROSS)
+MATRIX_STEP = Kernel(matrix_step, ("p", "g", "row", "column"), ("least", "keep", "step_size"), **_ACROSS)
+VECTOR_STATISTICS = Kernel(vector_statistics, ("g", "variance"), ("old", "new"))
+VECTOR_SQUARES = Kernel(vector_squares, ("g", "variance"), ("least",))
+VECTOR_STEP = Kernel(vector_step, ("p", "g", "variance"), ("least", "keep", "step_size"))
 
 
 def _update(works: list[Work]) -> None:
     for work in works:
-        group, step = work.group, work.step
-        lr = float(group["lr"])
-        rate = min(lr, 1.0 / step**0.5)
-        updates = _directions(work, share=float(step) ** group["beta2_decay"])
-        weights = [local(p).to(u.dtype) for p, u in zip(work.params, updates, strict=True)]
-        squares = torch.stack([values.norm(2) for values in [*weights, *updates]]).double().square_()
-        elements = torch.tensor([float(p.numel()) for p in work.params], dtype=torch.float64, device=squares.device)
-        rms, size = (add_up(squares, [*work.params, *work.params]).view(2, -1) / elements).sqrt_()
-        numbers: dict[str, float | Tensor] = {
-            "keep": 1.0 - decay_rate(group),
-            "step_size": rms.clamp(min=group["eps"][1]) * rate / (size / group["d"]).clamp(min=1.0),
-        }
-        apply(MOVE, work, numbers, extra={"update": updates})
+        for is_matrix in (True, False):
+            places = [k for k, p in enumerate(work.params) if (p.ndim > 1) == is_matrix]
+            if places:
+                part = ([values[k] for k in places] for values in (work.params, work.grads, work.states))
+                _step(Work(work.group, *part, work.step), is_matrix=is_matrix)
 
 
-def _directions(work: Work, *, share: float) -> list[Tensor]:
-    """Take the gradients into the state; return them divided by the roots of their estimated squares, local parts."""
-    least = work.group["eps"][0]
-    states = [{name: local(value) for name, value in state.items()} for state in work.states]
-    grads = [
-        local(g).to(torch.promote_types(p.dtype, torch.float32)) for p, g in zip(work.params, work.grads, strict=True)
-    ]
-    factored = [k for k, p in enumerate(work.params) if p.ndim > 1]
-    columns = {k: grads[k].norm(dim=-2, keepdim=True).square_() for k in factored}
-    for k in factored:
-        row_var = states[k]["row_var"]
-        row_var.lerp_(grads[k].norm(dim=-1, keepdim=True).square_().div_(grads[k].shape[-1]), share)
-    sums = {k: states[k]["row_var"].sum(dim=-2, keepdim=True) for k in factored}
+def _step(work: Work, *, is_matrix: bool) -> None:
+    """Update matrices, or vectors: statistics, then the size of the update, then the weights."""
+    group, step = work.group, work.step
+    lr, share = float(group["lr"]), float(step) ** group["beta2_decay"]
+    eps = [torch.finfo(p.dtype).eps if group["eps"][0] is None else group["eps"][0] for p in work.params]
+    least = eps[0] ** 2 if len(set(eps)) == 1 else torch.tensor(eps, dtype=torch.float64).square_()
+    if is_matrix:
+        rows, columns = _factors(work, share, eps)
+        extra, squares, move = {"row": rows, "column": columns}, MATRIX_SQUARES, MATRIX_STEP
+    else:
+        apply(VECTOR_STATISTICS, work, {"old": 1.0 - share, "new": share})
+        extra, squares, move = {}, VECTOR_SQUARES, VECTOR_STEP
+    norms = [torch.linalg.vector_norm(p, dtype=_wide(p)) for p in local_parts(work.params)]
+    weights = torch.stack(norms).double().square_()
+    updates = apply(squares, work, {"least": least}, extra)["squares"].to(weights.device)
+    elements = torch.tensor([float(p.numel()) for p in work.params], dtype=torch.float64, device=weights.device)
+    rms, size = (add_up(torch.cat([weights, updates]), [*work.params, *work.params]).view(2, -1) / elements).sqrt_()
+    rates = rms.clamp_(min=group["eps"][1]).mul_(min(lr, 1.0 / step**0.5)).div_(size.div_(group["d"]).clamp_(min=1.0))
+    apply(move, work, {"least": least, "keep": 1.0 - decay_rate(group), "step_size": rates}, extra)
+
+
+def _factors(work: Work, share: float, eps: list[float]) -> tuple[list[Tensor], list[Tensor]]:
+    """Take the gradients into the state; return what each row and each column of the estimated squares is made of."""
+    grads = [local(g) for g in work.grads]
+    row_vars = [local(state["row_var"]) for state in work.states]
+    column_vars = [local(state["col_var"]) for state in work.states]
+    found = [_squares(grad, _wide(p)) for p, grad in zip(work.params, grads, strict=True)]
+    rows, columns = [pair[0] for pair in found], [pair[1] for pair in found]
+    # Lists at once: these are small, and a call for each would be most of the time.
+    torch._foreach_div_(rows, [float(grad.shape[-1]) for grad in grads])
+    torch._foreach_lerp_(row_vars, rows, share)
+    sums = [row_var.sum(dim=-2, keepdim=True) for row_var in row_vars]
     # Rows are what is sharded; in stacks of matrices they are the matrices, and each is whole.
-    if flat := [k for k in factored if work.params[k].ndim == 2]:
+    flat = [k for k, p in enumerate(work.params) if p.ndim == 2 and grads[k] is not work.grads[k]]
+    if flat:
         found = add_up_each([torch.cat([columns[k], sums[k]], dim=-1) for k in flat], [work.params[k] for k in flat])
         for k, both in zip(flat, found, strict=True):
-            columns[k], sums[k] = both[:, :-1], both[:, -1:]
-    updates = []
-    for k, (p, grad, state) in enumerate(zip(work.params, grads, states, strict=True)):
-        eps = torch.finfo(p.dtype).eps if least is None else least
-        if k in columns:
-            rows = p.shape[-2]
-            state["col_var"].lerp_(columns[k] / rows, share)
-            estimate = (state["row_var"] @ state["col_var"]).div_((sums[k] / rows).clamp_(min=eps))
-        else:
-            state["variance"].lerp_(grad.square(), share)
-            estimate = state["variance"].clone()
-        updates.append(estimate.clamp_(min=eps * eps).rsqrt_().mul_(grad))
-    return updates
+            columns[k], sums[k] = both[:, :-1].contiguous(), both[:, -1:].contiguous()
+    heights = [float(p.shape[-2]) for p in work.params]
+    torch._foreach_div_(columns, heights)
+    torch._foreach_lerp_(column_vars, columns, share)
+    torch._foreach_div_(sums, heights)
+    torch._foreach_maximum_(sums, eps)
+    return [row_var / mean for row_var, mean in zip(row_vars, sums, strict=True)], column_vars
+
+
+def _squares(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the sums of squares of every row and of every column, a part at a time so that no copy is kept."""
+    if grad.numel() <= PART:
+        squares = grad.to(dtype).square()
+        return squares.sum(-1, keepdim=True), squares.sum(-2, keepdim=True)
+    height = max(1, PART // max(1, grad.numel() // max(1, grad.shape[-2])))
+    rows, columns = [], None
+    for part in grad.split(height, dim=-2):
+        squares = part.to(dtype).square()
+        rows.append(squares.sum(-1, keepdim=True))
+        sums = squares.sum(-2, keepdim=True)
+        columns = sums if columns is None else columns.add_(sums)
+    return torch.cat(rows, dim=-2), columns
+
+
+def _wide(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _init(parameter: Tensor, group: Group) -> dict[str, Tensor]:

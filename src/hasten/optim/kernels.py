@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 
 from hasten.optim import native
-from hasten.optim.storage import Packed, mix_number, round_randomly
+from hasten.optim.blocks import NEAREST, Rounding, Stored, run_in_blocks, wide
+from hasten.optim.storage import Packed
 from hasten.optim.tracing import trace
 
-Stored = Tensor | Packed
 Path = Literal["auto", "compiled", "eager", "native"]
 
-# Elements that the PyTorch form works on at a time: a few blocks of this size stay in a core's cache.
-EAGER_BLOCK = 32768
 # Tensors of fewer elements are put together on CUDA, where a launch would cost more than the work.
 CUDA_SMALL = 65536
 
@@ -45,22 +43,6 @@ def use(path: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """How a bfloat16 weight takes its new value.
-
-    Args:
-        mode: ``nearest``, ``stochastic``, or ``kahan``: what rounding cut off is kept in a second bfloat16 tensor.
-        seed: of this step's random numbers.
-    """
-
-    mode: str = "nearest"
-    seed: int = 0
-
-
-NEAREST = Rounding()
-
-
-@dataclass(frozen=True)
 class Kernel:
     """An element-wise update.
 
@@ -69,6 +51,8 @@ class Kernel:
             other name is summed over each tensor. Only what `hasten.optim.tracing` knows.
         tensors: names of the tensors; ``p`` is the weight and may be rounded, the others are gradients and state.
         scalars: names of the numbers.
+        by_row: those of `tensors` that have one element for each row: [..., rows, 1].
+        by_column: those that have one for each column of every matrix: [..., 1, columns].
 
     Example:
         >>> def sgd(p, g, *, lr):
@@ -81,6 +65,8 @@ class Kernel:
     function: Callable[..., Mapping[str, Any]]
     tensors: tuple[str, ...]
     scalars: tuple[str, ...]
+    by_row: tuple[str, ...] = ()
+    by_column: tuple[str, ...] = ()
 
     @cached_property
     def _traced(self) -> tuple[list[str], dict[str, str]]:
@@ -149,9 +135,10 @@ class Kernel:
             if run is not None:
                 return self._run_native(run, kinds, lists, scalars, rounding, low)
         plain = all(kind in ("float32", "float64", "bfloat16") for kind in kinds)
+        plain = plain and not self.by_row and not self.by_column
         if plain and (path == "compiled" or (path == "auto" and device == "cuda" and _has_triton())):
             return self._run_compiled(tuple(kinds), lists, scalars)
-        return self._run_eager(lists, scalars, rounding, low)
+        return run_in_blocks(self, lists, scalars, rounding, low)
 
     # --- machine code -----------------------------------------------------------------------------------------------
 
@@ -175,14 +162,7 @@ class Kernel:
                     assert low is not None
                     columns.append([v.data_ptr() for v in low])
         pointers = array.array("Q", [pointer for row in zip(*columns, strict=True) for pointer in row])
-        packed = next((values for kind, values in zip(kinds, lists, strict=True) if kind.endswith("signed8")), None)
-        if packed is None:
-            sizes = [v.numel() for v in lists[0]]
-            shape = array.array("q", [number for size in sizes for number in (1, size)])
-        else:
-            shapes = [v.codes.shape for v in packed]
-            sizes = [shape.numel() for shape in shapes]
-            shape = array.array("q", [n for s in shapes for n in (s.numel() // s[-1] if s[-1] else 0, s[-1])])
+        sizes, shape = self._shapes(kinds, lists)
         if any(isinstance(value, Tensor) for value in scalars.values()):
             table = [
                 v.tolist() if isinstance(v, Tensor) else [v] * count for v in map(scalars.__getitem__, self.scalars)
@@ -203,6 +183,16 @@ class Kernel:
             threads,
         )
         return {name: sums[:, place] for place, name in enumerate(self.sums)}
+
+    def _shapes(self, kinds: Sequence[str], lists: list[Sequence[Stored]]) -> tuple[list[int], array.array]:
+        """Return the elements of every parameter, and its rows, columns and rows of one matrix, one after the other."""
+        packed = next((values for kind, values in zip(kinds, lists, strict=True) if kind.endswith("signed8")), None)
+        if packed is None and not self.by_row and not self.by_column:
+            sizes = [v.numel() for v in lists[0]]
+            return sizes, array.array("q", [number for size in sizes for number in (1, size, 1)])
+        shapes = [v.shape for v in lists[0]] if packed is None else [v.codes.shape for v in packed]
+        rows = [(s.numel() // s[-1] if s[-1] else 0, s[-1], s[-2] if len(s) > 1 else 1) for s in shapes]
+        return [s.numel() for s in shapes], array.array("q", [number for row in rows for number in row])
 
     # --- torch.compile ----------------------------------------------------------------------------------------------
 
@@ -245,7 +235,7 @@ class Kernel:
         """Update small tensors as one long one."""
         columns = list(zip(*rows, strict=True))
         joined = {
-            name: _wide(torch.cat([t.view(-1) for t in tensors]))
+            name: wide(torch.cat([t.view(-1) for t in tensors]))
             for name, tensors in zip(self.tensors, columns, strict=True)
         }
         new = self.function(**joined, **scalars)
@@ -253,33 +243,6 @@ class Kernel:
         for name, tensors in zip(self.tensors, columns, strict=True):
             if name in self.writes:
                 torch._foreach_copy_([t.view(-1) for t in tensors], list(new[name].split(sizes)))
-
-    # --- PyTorch as it is -------------------------------------------------------------------------------------------
-
-    def _run_eager(
-        self,
-        lists: list[Sequence[Stored]],
-        scalars: Mapping[str, float | Tensor],
-        rounding: Rounding,
-        low: Sequence[Tensor] | None,
-    ) -> dict[str, Tensor]:
-        first = lists[0][0]
-        device = first.codes.device if isinstance(first, Packed) else first.device
-        totals = torch.zeros(len(lists[0]), len(self.sums), dtype=torch.float64, device=device)
-        for k, row in enumerate(zip(*lists, strict=True)):
-            numbers = {name: v[k].item() if isinstance(v, Tensor) else v for name, v in scalars.items()}
-            seed = mix_number(rounding.seed + k * 0x9E3779B9) if rounding.mode == "stochastic" else 0
-            store = Rounding(rounding.mode, seed)
-            for start, part, rest in _blocks(row, None if low is None else low[k]):
-                named = dict(zip(self.tensors, part, strict=True))
-                values = {name: _read(t, rest if name == "p" else None) for name, t in named.items()}
-                new = self.function(**values, **numbers)
-                for name in self.writes:
-                    is_weight = name == "p"
-                    _write(named[name], new[name], store if is_weight else NEAREST, rest if is_weight else None, start)
-                for place, name in enumerate(self.sums):
-                    totals[k, place] += new[name].sum(dtype=torch.float64)
-        return {name: totals[:, place] for place, name in enumerate(self.sums)}
 
 
 def _common_signature(lists: Sequence[Sequence[Stored]], rounding: Rounding) -> tuple[str, ...] | None:
@@ -327,7 +290,9 @@ def _native(kernel: Kernel, kinds: tuple[str, ...]) -> Callable[..., None] | Non
     if "other" in kinds or "strided" in kinds:
         return None
     lines, results = kernel._traced
-    return native.load(native.source(lines, results, dict(zip(kernel.tensors, kinds, strict=True)), kernel.scalars))
+    storage = dict(zip(kernel.tensors, kinds, strict=True))
+    ways = {"by_row": kernel.by_row, "by_column": kernel.by_column}
+    return native.load(native.source(lines, results, storage, kernel.scalars, **ways))
 
 
 @functools.cache
@@ -344,7 +309,7 @@ def _in_place(kernel: Kernel, numbers: Tensor, *tensors: Tensor) -> Tensor:
     """Update the tensors of one parameter and return the sums."""
     scalars = dict(zip(kernel.scalars, numbers.unbind(), strict=True))
     named = dict(zip(kernel.tensors, tensors, strict=True))
-    new = kernel.function(**{name: _wide(tensor) for name, tensor in named.items()}, **scalars)
+    new = kernel.function(**{name: wide(tensor) for name, tensor in named.items()}, **scalars)
     for name in kernel.writes:
         named[name].copy_(new[name])
     return torch.stack([numbers.sum(dtype=torch.float64) * 0, *(new[s].double().sum() for s in kernel.sums)])[1:]
@@ -353,45 +318,3 @@ def _in_place(kernel: Kernel, numbers: Tensor, *tensors: Tensor) -> Tensor:
 @functools.cache
 def _has_triton() -> bool:
     return torch.utils._triton.has_triton()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Return `tensor` in the format to compute in."""
-    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
-
-
-def _blocks(row: Sequence[Stored], low: Tensor | None) -> Iterator[tuple[int, list[Stored], Tensor | None]]:
-    """Yield parts of the tensors of a row that fit a cache, each with the number of its first element."""
-    packed = next((t for t in row if isinstance(t, Packed)), None)
-    shape = packed.codes.shape if packed is not None else row[0].shape
-    if shape.numel() == 0:
-        return
-    if packed is None and all(t.is_contiguous() for t in row):
-        rest = None if low is None else low.view(-1)
-        flat = [t.view(-1) for t in row]
-        for start in range(0, shape.numel(), EAGER_BLOCK):
-            cut = slice(start, start + EAGER_BLOCK)
-            yield start, [t[cut] for t in flat], None if rest is None else rest[cut]
-        return
-    inner = max(1, shape[1:].numel())
-    rows = max(1, EAGER_BLOCK // inner)
-    for top in range(0, shape[0] if shape else 1, rows):
-        cut = slice(top, top + rows) if shape else ...
-        part = [Packed(t.codes[cut], t.scales[cut]) if isinstance(t, Packed) else t[cut] for t in row]
-        yield top * inner, part, None if low is None else low[cut]
-
-
-def _read(stored: Stored, low: Tensor | None) -> Tensor:
-    values = stored.unpack() if isinstance(stored, Packed) else _wide(stored)
-    return values if low is None else values + low.float()
-
-
-def _write(stored: Stored, values: Tensor, rounding: Rounding, low: Tensor | None, start: int) -> None:
-    if isinstance(stored, Packed):
-        stored.pack(values)
-    elif rounding.mode == "stochastic" and stored.dtype == torch.bfloat16:
-        stored.copy_(round_randomly(values.contiguous(), rounding.seed, start))
-    else:
-        stored.copy_(values)
-        if low is not None:
-            low.copy_(values - stored.float())

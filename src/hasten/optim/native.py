@@ -72,7 +72,7 @@ void run(int64_t num, const int64_t *shape, void *const *pointers, const double 
     int64_t *first = malloc((num + 1) * sizeof(int64_t));
     first[0] = 0;
     for (int64_t k = 0; k < num; ++k) {{
-        const int64_t rows = shape[2 * k], columns = shape[2 * k + 1];
+        const int64_t rows = shape[3 * k], columns = shape[3 * k + 1];
         const int64_t step = columns > 0 && columns < {block} ? {block} / columns : 1;
         const int64_t wide = {by_rows} ? (rows + step - 1) / step : (rows * columns + {block} - 1) / {block};
         first[k + 1] = first[k] + (columns > 0 ? wide : 0);
@@ -87,8 +87,8 @@ void run(int64_t num, const int64_t *shape, void *const *pointers, const double 
             if (first[middle] <= b) low = middle; else high = middle;
         }}
         while (first[low + 1] <= b) ++low;
-        const int64_t rows = shape[2 * low], columns = shape[2 * low + 1], inside = b - first[low];
-        block(pointers + low * {num_pointers}, scalars + low * stride, inside, rows, columns,
+        const int64_t rows = shape[3 * low], columns = shape[3 * low + 1], inside = b - first[low];
+        block(pointers + low * {num_pointers}, scalars + low * stride, inside, rows, columns, shape[3 * low + 2],
               parts + b * {num_sums}, mix(seed + (uint32_t)low * 0x9e3779b9u));
     }}
     if ({num_sums}) {{
@@ -122,6 +122,9 @@ def source(
     results: Mapping[str, str],
     storage: Mapping[str, str],
     scalars: Sequence[str],
+    *,
+    by_row: Sequence[str] = (),
+    by_column: Sequence[str] = (),
 ) -> str:
     """Return the C program of an update.
 
@@ -129,6 +132,7 @@ def source(
         lines, results: from `hasten.optim.tracing.trace`.
         storage: how each tensor is stored, a key of `_TYPES`; in the order of the pointers.
         scalars: names, in the order of the numbers that a call passes.
+        by_row, by_column: names of tensors with one element for each row, or for each column of every matrix.
     """
     real = "double" if "float64" in storage.values() else "float"
     sums = [name for name in results if name not in storage]
@@ -144,15 +148,23 @@ def source(
             second = "uint16_t" if kind == "kahan" else "float"
             body.append(f"{second} *restrict more_{name} = at[{place}];")
             place += 1
-    body += [f"const T {name} = (T)s[{number}];" for number, name in enumerate(scalars)]
+    body += [f"const T in_{name} = (T)s[{number}];" for number, name in enumerate(scalars)]
     body += [f"double sum_{name} = 0;" for name in sums]
-    loop = [f"const T {name} = {_load(name, kind)};" for name, kind in storage.items()]
+    loop = [f"const T in_{name} = {_load(name, kind)};" for name, kind in storage.items() if name not in by_row]
     loop += lines
     loop += [_store(name, storage[name], results[name]) for name in written]
     loop += [f"sum_{name} += (double)({results[name]});" for name in sums]
     reduction = f" reduction(+:{', '.join(f'sum_{name}' for name in sums)})" if sums else ""
-    if packed:
-        body += _by_rows(loop, [(name, storage[name]) for name in packed], written, reduction)
+    by_rows = bool(packed or by_row or by_column)
+    if by_rows:
+        head = [f"const T in_{name} = (T)at_{name}[row];" for name in by_row]
+        # The columns of this row's matrix, so that they too are counted by i.
+        head += [
+            f"const {_TYPES[storage[n]]} *across_{n} = at_{n} + (row / height - row) * columns;" for n in by_column
+        ]
+        for name in by_column:
+            loop = [line.replace(f"at_{name}[i]", f"across_{name}[i]") for line in loop]
+        body += _by_rows(loop, head, [(name, storage[name]) for name in packed], written, reduction)
     else:
         body += [
             f"const int64_t begin = inside * {BLOCK}, size = rows * columns;",
@@ -163,13 +175,13 @@ def source(
             "}",
         ]
     body += [f"part[{number}] = sum_{name};" for number, name in enumerate(sums)]
-    head = _HEAD.format(real=real, suffix="" if real == "double" else "f")
-    run = _RUN.format(block=BLOCK, by_rows=int(bool(packed)), num_sums=len(sums), num_pointers=place)
+    top = _HEAD.format(real=real, suffix="" if real == "double" else "f")
+    run = _RUN.format(block=BLOCK, by_rows=int(by_rows), num_sums=len(sums), num_pointers=place)
     declared = (
         "static void block(void *const *at, const double *s, int64_t inside, int64_t rows, int64_t columns, "
-        "double *part, uint32_t seed) {"
+        "int64_t height, double *part, uint32_t seed) {"
     )
-    return "\n".join([head, declared, *body, "}", run])
+    return "\n".join([top, declared, *body, "}", run])
 
 
 def _load(name: str, kind: str) -> str:
@@ -193,7 +205,11 @@ def _store(name: str, kind: str, value: str) -> str:
 
 
 def _by_rows(
-    loop: Sequence[str], packed: Sequence[tuple[str, str]], written: Sequence[str], reduction: str
+    loop: Sequence[str],
+    head: Sequence[str],
+    packed: Sequence[tuple[str, str]],
+    written: Sequence[str],
+    reduction: str,
 ) -> list[str]:
     """Return the loop over quanta of rows: unpack, update, find the largest value, pack."""
     changed = [(name, kind) for name, kind in packed if name in written]
@@ -204,6 +220,7 @@ def _by_rows(
         "for (int64_t q = 0; q < quanta; ++q) {",
         f"const int64_t base = row * columns + q * {QUANTUM};",
         f"const int64_t left = columns - q * {QUANTUM}, width = left < {QUANTUM} ? left : {QUANTUM};",
+        *head,
         *(f"const T scale_{name} = more_{name}[row * quanta + q];" for name, _ in packed),
         *(f"T new_{name}[{QUANTUM}];" for name, _ in changed),
         f"#pragma omp simd{reduction}",

@@ -104,14 +104,14 @@ def trace(
     Args:
         function: takes `tensors` and `scalars` by name and returns new values by name; arithmetic, comparisons and the
             functions of `_FUNCTIONS` only, no branch on a value.
-        tensors, scalars: names of its arguments.
+        tensors, scalars: names of its arguments; each is ``in_<name>`` in C.
 
     Example:
         >>> def average(p, g, *, beta):
         ...     return {"p": beta * p + torch.sqrt(g)}
         >>> trace(average, ["p", "g"], ["beta"])
-        (['const T t0 = beta * p;', 'const T t1 = SQRT(g);', 'const T t2 = t0 + t1;'], {'p': 't2'})
+        (['const T t0 = in_beta * in_p;', 'const T t1 = SQRT(in_g);', 'const T t2 = t0 + t1;'], {'p': 't2'})
     """
     listing = Listing()
-    values = function(**{name: Symbol(listing, name) for name in (*tensors, *scalars)})
+    values = function(**{name: Symbol(listing, f"in_{name}") for name in (*tensors, *scalars)})
     return listing.lines, {name: _text(value) for name, value in values.items()}

@@ -115,8 +115,8 @@ def _value(raw: str, name: str) -> Any:
 def combine(schema: Schema, layers: Sequence[Sequence[Given]], more_names: Mapping[str, str]) -> dict[str, Any]:
     """Return one nested mapping of `layers`, later over earlier, values of text layers brought to their key's type.
 
-    A table that changes its `name` keeps the keys that the new one has too, and drops the others where they
-    only repeat the old one's defaults.
+    A table that changes its `name` keeps the keys that the new one has too, and drops those that only repeat the old
+    one's defaults: ``optimizer=lion`` over a recipe that writes AdamW's default rate out takes Lion's.
 
     Raises:
         RecipeError: an unknown key, a key given twice in one layer, or a key that the chosen variant has no use for.
@@ -188,11 +188,14 @@ def _refuse_unused(
     fields = schema.tables[table][name].model_fields
     for key, (layer, given) in list(merged.items()):
         leaf = key.partition(".")[2]
-        if key.partition(".")[0] != table or leaf in fields:
+        if key.partition(".")[0] != table or leaf == "name":
             continue
         old = names_by_layer[layer][table]
-        if old != name and _same(given.value, schema.default(key, old)):
+        # What only repeats the default of the old variant was no choice: the new variant has its own.
+        if old != name and _repeats_default(schema, key, old, given.value):
             del merged[key]
+            continue
+        if leaf in fields:
             continue
         chosen = merged.get(f"{table}.name")
         by = f"{chosen[1]} {chosen[1].origin}" if chosen else f"the default {table}={name!r}"
@@ -201,6 +204,10 @@ def _refuse_unused(
             f"{_shown(key, given.value, given)} has no meaning for {by}: it belongs to {table}={owners}; "
             f"choose one of those or leave {key} out."
         )
+
+
+def _repeats_default(schema: Schema, key: str, variant: str, value: Any) -> bool:
+    return variant in schema.leaves[key] and _same(value, schema.default(key, variant))
 
 
 def _same(value: Any, default: Any) -> bool:
