@@ -6,8 +6,8 @@
    grid is extended while the best rate lies at its edge.
 2. The tuned rate runs with every seed at the full horizon; AdamW's mean final loss of a seed is what the others aim at.
 3. The others run on a ladder of shorter horizons, each with its schedule finished: from 0.75 up or down until AdamW's
-   loss of the same seed lies between two rungs, where it is interpolated linearly in log steps; not reached is said, not
-   guessed.
+   loss of the same seed lies between two rungs, where it is interpolated linearly in log steps; not reached is said,
+   not guessed.
 
 Held-out loss over the same fixed tokens for all. Every run is appended to ``runs.jsonl`` and never done again, so that
 a stopped study goes on. The seed decides initial weights and data order, so arms with one seed are paired.

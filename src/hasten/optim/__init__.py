@@ -77,7 +77,8 @@ def optimizer(
 
     Groups are read off the module tree (see `parameter_groups`): hidden matrices take the rule, and for a matrix rule
     (Muon, NorMuon, SOAP, MARS ...) embeddings, head, gates and vectors take AdamW; embeddings and vectors do not decay.
-    What is not given is filled in for the horizon (see `defaults`). ``print(optimizer(...).plan())`` shows what came out.
+    What is not given is filled in for the horizon (see `defaults`). ``print(optimizer(...).plan())`` shows what came
+    out.
 
     Args:
         model: any module.
@@ -86,7 +87,8 @@ def optimizer(
         weight_decay: decay of the matrices, finite, at least 0.
         total_steps: optimizer steps of the whole run, at least 1; None where it is not known.
         tokens_per_step: tokens of an optimizer step; None where it is not known.
-        overrides: settings for parameters by pattern over their names, such as ``{"*.lm_head.weight": {"lr_scale": 0.2}}``.
+        overrides: settings for parameters by pattern over their names, such as
+            ``{"*.lm_head.weight": {"lr_scale": 0.2}}``.
         master: the float32 weights behind a parameter, where the model computes in another format.
         **settings: the optimizer's own, such as ``betas``, and those of every `RuledOptimizer`.
 

@@ -65,8 +65,8 @@ def warmed_alpha(step: int, alpha: float, warmup: int | None) -> float:
 def warmed_beta3(step: int, beta3: float, warmup: int | None, beta1: float) -> float:
     """Return the slow decay rate: from beta1 over `warmup` steps, its half-life growing linearly, then `beta3`.
 
-    ``exp(ln b1 * ln b3 / ((1 - t/T) ln b3 + t/T ln b1))``, the paper's form. The authors' code adds 1e-8 to both rates first, which
-    moves the weights by about 5e-5 of their way in 100 steps.
+    ``exp(ln b1 * ln b3 / ((1 - t/T) ln b3 + t/T ln b1))``, the paper's form. The authors' code adds 1e-8 to both rates
+    first, which moves the weights by about 5e-5 of their way in 100 steps.
 
     Example:
         >>> [round(warmed_beta3(step, 0.9999, 100, 0.9), 4) for step in (1, 50, 100, 200)]
@@ -129,8 +129,8 @@ def _check(group: Group) -> None:
         is_share = isinstance(value, float) and 0.0 < value <= 1.0
         if not is_share and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise RecipeError(
-                f"optimizer.{name}={value} is no warm-up; give steps (a whole number of at least 1), a share of the run "
-                "(above 0.0, at most 1.0), or None for none."
+                f"optimizer.{name}={value} is no warm-up; give steps (a whole number of at least 1), a share of the "
+                "run (above 0.0, at most 1.0), or None for none."
             )
         warmup_steps(group, name)
     if group["total_steps"] is not None and (not isinstance(group["total_steps"], int) or group["total_steps"] < 1):
@@ -159,14 +159,14 @@ ADEMAMIX = Rule(
 class AdEMAMix(RuledOptimizer):
     """AdEMAMix: ``p -= lr * ((m1_hat + alpha * m2) / (sqrt(v_hat) + eps) + weight_decay * p)``, m2 very slow.
 
-    Where small batches or long runs make gradients noisy it is the safest gain over AdamW: first or second at every size
-    in arXiv:2509.01440. Source: Pagliardini et al., arXiv:2409.03137.
+    Where small batches or long runs make gradients noisy it is the safest gain over AdamW: first or second at every
+    size in arXiv:2509.01440. Source: Pagliardini et al., arXiv:2409.03137.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate, at least 0.
-        betas: decay rates of the fast momentum, the squared gradient and the slow momentum, each in [0, 1). The slow one
-            0.999 for short runs, 0.9999 above some 32,000 steps.
+        betas: decay rates of the fast momentum, the squared gradient and the slow momentum, each in [0, 1). The slow
+            one 0.999 for short runs, 0.9999 above some 32,000 steps.
         alpha: weight of the slow momentum, at least 0.
         alpha_warmup: over how much of the run alpha grows from 0: steps, a share such as 1.0, or None for no warm-up.
         beta3_warmup: over how much of the run the slow decay rate grows from the fast one; as `alpha_warmup`.

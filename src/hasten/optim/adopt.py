@@ -84,8 +84,9 @@ ADOPT_RULE = Rule(
 
 
 class ADOPT(RuledOptimizer):
-    """ADOPT: ``n = clip(g / max(sqrt(v), eps), k**0.25)``, ``m = beta1 * m + (1 - beta1) * n``, ``p -= lr * m``, then v.
+    """ADOPT: Adam whose gradient is divided before it enters the momentum, by what was known before it.
 
+    ``n = clip(g / max(sqrt(v), eps), k**0.25)``, ``m = beta1 * m + (1 - beta1) * n``, ``p -= lr * m``, and v only then.
     The first gradient only fills v; k counts the updates after it. No bias correction. Source: Taniguchi et al.,
     arXiv:2411.02853, in the authors' form since 2024-11-22 (clipped).
 

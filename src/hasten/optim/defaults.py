@@ -13,7 +13,8 @@ SHORT_STEPS = 16_000
 # Optimizer steps above which the slowest averages should be slower still (section 4 of the benchmark).
 LONG_STEPS = 32_000
 
-# Learning rates tuned at 124M parameters and 131k tokens a step; other sizes need their own (smaller models larger ones).
+# Learning rates tuned at 124M parameters and 131k tokens a step; other sizes need their own (smaller models larger
+# ones).
 RATES: dict[str, float] = {
     "adamw": 1e-3,
     "adam": 1e-3,
@@ -69,8 +70,8 @@ def defaults(
     All figures are from "Benchmarking Optimizers for Large Language Model Pretraining" (arXiv:2509.01440; 124M to 720M
     parameters, 1B to 48B tokens) unless a reason names another source:
 
-    - weight decay 0.5 on runs up to about 20 tokens a parameter, 0.1 beyond (section 4; not MARS, Prodigy, Sophia: 0.1);
-      coupled rules (Adam, SGD, RMSprop) none;
+    - weight decay 0.5 on runs up to about 20 tokens a parameter, 0.1 beyond (section 4; not MARS, Prodigy, Sophia:
+      0.1); coupled rules (Adam, SGD, RMSprop) none;
     - beta2 0.95 up to 2,000 steps, 0.99 up to 16,000, 0.999 beyond: it grows with the horizon;
     - AdEMAMix's slow rate 0.999 up to 32,000 steps, 0.9999 beyond, both warm-ups over the whole run;
     - warm-up 2 % of the run, 10 % for Lion, Signum, Sophia, Schedule-Free (6 to 25 % were best);

@@ -47,8 +47,8 @@ class Kernel:
     """An element-wise update.
 
     Args:
-        function: takes `tensors` and `scalars` by name and returns new values by name. A name of `tensors` is written; any
-            other name is summed over each tensor. Only what `hasten.optim.tracing` knows.
+        function: takes `tensors` and `scalars` by name and returns new values by name. A name of `tensors` is written;
+            any other name is summed over each tensor. Only what `hasten.optim.tracing` knows.
         tensors: names of the tensors; ``p`` is the weight and may be rounded, the others are gradients and state.
         scalars: names of the numbers.
         by_row: those of `tensors` that have one element for each row: [..., rows, 1].

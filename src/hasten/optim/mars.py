@@ -98,7 +98,8 @@ class MARS(RuledOptimizer):
     """MARS-AdamW: AdamW on ``c = g + gamma * beta1 / (1 - beta1) * (g - last g)``, c at most of norm 1 per tensor.
 
     Vectors go to AdamW with betas (0.9, 0.95), as in the authors' code (there with a learning rate of their own: give
-    groups for that). The gradient before the first is zero. Source: Yuan et al., arXiv:2411.10438, the approximate form.
+    groups for that). The gradient before the first is zero. Source: Yuan et al., arXiv:2411.10438, the approximate
+    form.
 
     Args:
         params: parameters, or groups of them.

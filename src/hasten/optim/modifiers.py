@@ -77,13 +77,14 @@ def modified_update(rule: Rule, works: list[Work]) -> None:
 
     With ``d`` the step without decay (``p - d`` is what the rule made of ``p``):
 
-    - ``cautious``: elements of ``d`` whose sign differs from the gradient's become zero, the others are divided by their
-      share. Liang et al., arXiv:2411.16085.
+    - ``cautious``: elements of ``d`` whose sign differs from the gradient's become zero, the others are divided by
+      their share. Liang et al., arXiv:2411.16085.
     - ``cautious_decay``: only elements that ``d`` moves towards zero decay. Chen et al., arXiv:2510.12402.
-    - ``hyperball``: a matrix keeps the norm ``R`` it began with, and its step has the norm ``lr * R``; no decay. One that
-      began at zero grows up to the norm of a matrix with entries of deviation ``1 / sqrt(columns)``. arXiv:2606.16899.
-    - ``ema``: a running average of the weights, ``e * average + (1 - e) * p`` with ``e = min(ema, (1 + t) / (10 + t))``, which
-      `RuledOptimizer.eval` reads out, mixed with the weights by ``ema_share``.
+    - ``hyperball``: a matrix keeps the norm ``R`` it began with, and its step has the norm ``lr * R``; no decay. One
+      that began at zero grows up to the norm of a matrix with entries of deviation ``1 / sqrt(columns)``.
+      arXiv:2606.16899.
+    - ``ema``: a running average of the weights, ``e * average + (1 - e) * p`` with
+      ``e = min(ema, (1 + t) / (10 + t))``, which `RuledOptimizer.eval` reads out, mixed with the weights by ``ema_share``.
     """
     needs_step = [any(w.group[name] for name in _NEEDS_STEP) or _rounds_here(w.group, rule) for w in works]
     stepped = [work for work, needs in zip(works, needs_step, strict=True) if needs]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hasten.errors import RecipeError
@@ -16,6 +17,7 @@ from hasten.optim.matrices import SETTINGS as MATRIX_SETTINGS
 from hasten.optim.matrices import Piece, apply, matrix_shape, parts, pieces_of, step_scale
 from hasten.optim.orthogonal import BATCH_ELEMENTS, DTYPES, fastest_dtype, orthogonalize_all_, tuples
 from hasten.optim.rule import Group, Rule, Work, check_number
+from hasten.optim.sharding import local
 from hasten.optim.shell import Params, RuledOptimizer
 
 ADJUSTMENTS = ("match_rms_adamw", "original", "rms_to_rms")
@@ -112,7 +114,23 @@ def update_normalized(works: list[Work]) -> None:
     _update(works, is_normalized=True)
 
 
+def settle_dtype(work: Work) -> None:
+    """Write what ``compute_dtype="auto"`` stands for into the group, so that it is saved and resumed with it.
+
+    What is fastest on the device (see `fastest_dtype`); float32 on the CPUs of several processes, whose clocks may
+    disagree.
+    """
+    if work.group["compute_dtype"] != "auto":
+        return
+    device = local(work.params[0]).device
+    is_one = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    chosen = fastest_dtype(device) if is_one or device.type != "cpu" else torch.float32
+    work.group["compute_dtype"] = "bf16" if chosen == torch.bfloat16 else "float32"
+
+
 def _update(works: list[Work], *, is_normalized: bool) -> None:
+    for work in works:
+        settle_dtype(work)
     pieces = [piece for work in works for piece in pieces_of(work)]
     for batch in _batches([piece for piece in pieces if piece.processes is None]):
         updates = [direction(piece) for piece in batch]
@@ -127,8 +145,8 @@ def _update(works: list[Work], *, is_normalized: bool) -> None:
 
 def _step_sharded(pieces: Sequence[Piece], processes: Any, is_normalized: bool) -> None:
     device = pieces[0].weight.device
-    # Numbers travel in the format that a GPU multiplies in; what a CPU multiplies in is measured by each process alone.
-    chosen = {DTYPES[piece.group["compute_dtype"]] or fastest_dtype(device) for piece in pieces}
+    # Numbers travel in the format that a GPU multiplies in.
+    chosen = {DTYPES[piece.group["compute_dtype"]] for piece in pieces}
     wire = torch.bfloat16 if device.type == "cuda" and chosen == {torch.bfloat16} else torch.float32
     exchange = Exchange(
         [piece.shape for piece in pieces],  # type: ignore[misc]
@@ -199,7 +217,7 @@ def _row_factors(pieces: Sequence[Piece], updates: Sequence[Tensor]) -> list[lis
             factors[-1].append(factor)
     if pieces[0].processes is not None:
         together = torch.stack(sums)
-        torch.distributed.all_reduce(together, group=pieces[0].processes)
+        dist.all_reduce(together, group=pieces[0].processes)
         sums = list(together)
     remaining = iter(sums)
     for blocks in factors:
@@ -261,7 +279,8 @@ class Muon(RuledOptimizer):
             ``rms_to_rms``: ``sqrt(rows / columns)``.
         orthogonalization, ns_steps: see `hasten.optim.orthogonal.orthogonalize`.
         betas, eps: of AdamW.
-        **more: ``compute_dtype``, and see `RuledOptimizer`.
+        **more: ``compute_dtype`` (``float32``, ``bf16``, or ``auto`` for the faster of both, which the first step
+            settles), and see `RuledOptimizer`.
 
     Raises:
         RecipeError: a setting is unknown or out of range.

@@ -54,7 +54,9 @@ static inline uint16_t to_bf16_random(float x, uint32_t random) {{
     const uint32_t raised = (w.bits + (random & 0xffffu)) >> 16;
     return (w.bits & 0x7f800000u) == 0x7f800000u ? to_bf16(x) : (uint16_t)raised;
 }}
-static inline T from_signed(int8_t code, T scale) {{ const T c = (T)code * (T)(1.0 / 127); return c * FABS(c) * scale; }}
+static inline T from_signed(int8_t code, T scale) {{
+    const T c = (T)code * (T)(1.0 / 127); return c * FABS(c) * scale;
+}}
 static inline int8_t to_signed(T x, T inverse) {{
     const T q = RINT(SQRT(FABS(x * inverse)) * (T)127); return (int8_t)(x < (T)0 ? -q : q);
 }}
@@ -214,7 +216,8 @@ def _by_rows(
     """Return the loop over quanta of rows: unpack, update, find the largest value, pack."""
     changed = [(name, kind) for name, kind in packed if name in written]
     lines = [
-        f"const int64_t step = columns < {BLOCK} ? {BLOCK} / columns : 1, quanta = (columns + {QUANTUM - 1}) / {QUANTUM};",
+        f"const int64_t step = columns < {BLOCK} ? {BLOCK} / columns : 1;",
+        f"const int64_t quanta = (columns + {QUANTUM - 1}) / {QUANTUM};",
         "const int64_t stop = (inside + 1) * step < rows ? (inside + 1) * step : rows;",
         "for (int64_t row = inside * step; row < stop; ++row)",
         "for (int64_t q = 0; q < quanta; ++q) {",

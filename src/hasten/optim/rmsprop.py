@@ -110,8 +110,8 @@ RMSPROP = Rule(
 class RMSprop(RuledOptimizer):
     """RMSprop: ``v = alpha * v + (1 - alpha) * g**2``, ``p -= lr * g / (sqrt(v) + eps)``.
 
-    The numbers are torch.optim.RMSprop's (eps outside the root). Source: Tieleman & Hinton, lecture 6.5, 2012; centered:
-    Graves, arXiv:1308.0850.
+    The numbers are torch.optim.RMSprop's (eps outside the root). Source: Tieleman & Hinton, lecture 6.5, 2012;
+    centered: Graves, arXiv:1308.0850.
 
     Args:
         params: parameters, or groups of them.

@@ -135,10 +135,10 @@ SCHEDULE_FREE = Rule(
 class ScheduleFreeAdamW(RuledOptimizer):
     """Schedule-Free AdamW: gradients at y, steps of z, evaluation at x, the average of z.
 
-    ``eval()`` puts x into the parameters and ``train()`` puts y back, bit for bit; save and evaluate weights between the two.
-    Bias correction counts each parameter's own steps (the authors count the group's, which differs for parameters whose
-    gradients begin late). Use it with a constant learning rate and with gradient clipping (needed in arXiv:2509.01440, contrary to its
-    authors). Source: Defazio et al., arXiv:2405.15682.
+    ``eval()`` puts x into the parameters and ``train()`` puts y back, bit for bit; save and evaluate weights between
+    the two. Bias correction counts each parameter's own steps (the authors count the group's, which differs for
+    parameters whose gradients begin late). Use it with a constant learning rate and with gradient clipping (needed in
+    arXiv:2509.01440, contrary to its authors). Source: Defazio et al., arXiv:2405.15682.
 
     Args:
         params: parameters, or groups of them.

@@ -52,15 +52,15 @@ class RuledOptimizer(torch.optim.Optimizer):
     it is loaded. Not for complex or sparse tensors.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or groups of them. A group may name its own ``rule``; without one
-            it has the main rule, and parameters that this one cannot take (vectors, for a matrix rule) go to a
+        params: parameters, ``(name, parameter)`` pairs, or groups of them. A group may name its own ``rule``; without
+            one it has the main rule, and parameters that this one cannot take (vectors, for a matrix rule) go to a
             second group under the rule's rest.
         rule: the main rule.
         **settings: of the main rule and, where its rest has them too, of the rest; or common to all:
-            ``rounding`` of bfloat16 weights (``nearest``; ``stochastic`` with ``seed``; ``kahan`` keeps what is cut off in
-            a second bfloat16), ``state_format`` (``float32`` or ``8bit``), ``decay_follows_lr`` (False: the decay stays at
-            ``initial_lr * weight_decay`` whatever the schedule), ``cautious``, ``cautious_decay``, ``hyperball``, ``ema``
-            and ``ema_share`` (see `hasten.optim.modifiers`).
+            ``rounding`` of bfloat16 weights (``nearest``; ``stochastic`` with ``seed``; ``kahan`` keeps what is cut off
+            in a second bfloat16), ``state_format`` (``float32`` or ``8bit``), ``decay_follows_lr`` (False: the decay
+            stays at ``initial_lr * weight_decay`` whatever the schedule), ``cautious``, ``cautious_decay``,
+            ``hyperball``, ``ema`` and ``ema_share`` (see `hasten.optim.modifiers`).
 
     Raises:
         RecipeError: a setting is unknown or out of range, a group is empty, or a parameter is in two groups.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hasten.optim.eigenbasis import add_outer_, complete_, first_basis, next_basis
+from hasten.optim.eigenbasis import add_outer_, complete_, first_basis, next_basis, reordered
 from hasten.optim.elementwise import decay_rate, remainder
 from hasten.optim.exchange import balanced, held_rows
 from hasten.optim.matrices import SETTINGS as MATRIX_SETTINGS
@@ -76,14 +77,16 @@ class Block:
 def init(parameter: Tensor, group: Group) -> dict[str, Tensor]:
     """Return moments and, for each side with a basis, ``statistic``, ``basis`` and with ``kl`` ``eigenvalues``.
 
-    All of it whole at every process where the parameter is sharded.
+    All of it whole at every process where the parameter is sharded. ``early`` (0-d, on the CPU) is how many steps early
+    the bases change: with the state, so that it stays when other parameters have no gradient, and over a resume.
 
     Raises:
         RecipeError: `split_sizes` do not fit the shape.
     """
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     whole = torch.zeros(parameter.shape, dtype=dtype, device=local(parameter).device)
-    state = {"exp_avg": whole, "exp_avg_sq": whole.clone()} | remainder(parameter, group)
+    state = {"exp_avg": whole, "exp_avg_sq": whole.clone(), "early": torch.tensor(float(_slot(parameter, group)))}
+    state |= remainder(parameter, group)
     shape = matrix_shape(parameter, group)
     for block in _blocks(shape, group, whole.view(shape), state):
         for side in block.sides:
@@ -151,10 +154,6 @@ def directions(works: list[Work], finish: Finish | None = None) -> Iterator[tupl
         finish: changes the whole direction (as matrix, under a group) in place, before the local part is taken.
     """
     for work in works:
-        members = {id(member) for member in work.group.get("params", ())}
-        # All of the group, not only those with a gradient now; but copies of its parameters stand for themselves.
-        is_whole = all(id(parameter) in members for parameter in work.params)
-        slots = refresh_slots(work.group["params"] if is_whole else work.params, work.group)
         for parameter, gradient, state in zip(work.params, work.grads, work.states):
             weight = local(parameter)
             whole = gradient if local(gradient) is gradient else gradient.full_tensor()
@@ -165,7 +164,7 @@ def directions(works: list[Work], finish: Finish | None = None) -> Iterator[tupl
                 for block in blocks:
                     _start(block, work.group)
                 continue
-            clock = work.step - 1 + slots[parameter]
+            clock = work.step - 1 + _early(state, work.group)
             turned_back = [_step(block, work.group, clock) for block in blocks]
             direction = turned_back[0] if len(blocks) == 1 else _join(turned_back, matrix, work.group)
             if finish is not None:
@@ -176,13 +175,31 @@ def directions(works: list[Work], finish: Finish | None = None) -> Iterator[tupl
 def refresh_slots(params: Sequence[Tensor], group: Group) -> dict[Tensor, int]:
     """Return for each parameter how many steps early it refreshes: equal work in every step of a period.
 
-    A function of the shapes alone, so that a resumed run goes on the same way.
+    A function of the shapes alone.
     """
     frequency = int(group["precondition_frequency"])
     if not group["spread_refresh"] or frequency == 1:
         return dict.fromkeys(params, 0)
-    costs = [sum(size**3 for size in parameter.shape) for parameter in params]
-    return dict(zip(params, balanced(costs, frequency)))
+    return dict(zip(params, _balanced(tuple(sum(size**3 for size in p.shape) for p in params), frequency)))
+
+
+@lru_cache(maxsize=8)
+def _balanced(costs: tuple[int, ...], size: int) -> list[int]:
+    # Once for all parameters of a group, each of which asks for its own slot.
+    return balanced(costs, size)
+
+
+def _slot(parameter: Tensor, group: Group) -> int:
+    # A tensor that stands for a parameter, to find out how large its state is, is none of the group's.
+    return refresh_slots(group.get("params", ()), group).get(parameter, 0)
+
+
+def _early(state: dict[str, Tensor], group: Group) -> int:
+    if not group["spread_refresh"]:
+        return 0
+    if state["early"].device.type != "cpu":  # loaded with the rest: once, or every step would wait for the device
+        state["early"] = state["early"].cpu()
+    return int(state["early"].item())
 
 
 def _blocks(shape: tuple[int, ...], group: Group, gradient: Tensor, state: dict[str, Tensor]) -> list[Block]:
@@ -269,15 +286,25 @@ def _kl_factors(block: Block, group: Group, turned: Tensor) -> dict[str, Tensor]
 
 
 def _refresh(block: Block, *, is_sorted: bool) -> None:
-    first = block.turn(block.first, back=True)
     for side in block.sides:
-        basis, order = next_basis(complete_(block.of("statistic", side)), block.of("basis", side), is_sorted=is_sorted)
-        block.of("basis", side).copy_(basis)
+        dim = -2 if side == "rows" else -1
+        basis = block.of("basis", side)
+        following, order = next_basis(complete_(block.of("statistic", side)), basis, is_sorted=is_sorted)
+        _rotate(block.first, basis, following, dim)
         if order is not None:
-            rows = side == "rows"
-            index = order.unsqueeze(-1 if rows else -2).expand_as(block.second)
-            block.second.copy_(block.second.gather(-2 if rows else -1, index))
-    block.first.copy_(block.turn(first))
+            block.second.copy_(reordered(block.second, order, dim))
+        basis.copy_(following)
+
+
+def _rotate(matrix: Tensor, basis: Tensor, following: Tensor, dim: int) -> None:
+    """Turn rows (`dim` -2) or columns (-1) of `matrix` from one basis into the following one."""
+    along, across = matrix.shape[dim], matrix.shape[-3 - dim]
+    if along < across:  # the product of two bases is the smaller one
+        change = basis.mT @ following
+        turned = change.mT @ matrix if dim == -2 else matrix @ change
+    else:
+        turned = following.mT @ (basis @ matrix) if dim == -2 else matrix @ basis.mT @ following
+    matrix.copy_(turned)
 
 
 def _join(matrices: list[Tensor], like: Tensor, group: Group) -> Tensor:

@@ -38,6 +38,8 @@ def update(works: list[Work]) -> None:
     gradient only gives the bases. Source: Vyas et al., "Improving SOAP using iterative whitening and Muon"; theirs
     orthogonalises by seven steps in float32.
     """
+    for work in works:
+        muon.settle_dtype(work)
     for weight, direction, group, _ in soap.directions(works, _orthogonalize):
         apply(weight, direction, keep=1.0 - decay_rate(group), step_size=float(group["lr"]))
 
@@ -70,7 +72,7 @@ class SOAPMuon(RuledOptimizer):
     """SOAP-Muon: SOAP's direction made orthogonal; everything that is no matrix goes to AdamW.
 
     The core of the fewest steps to a loss of 3.28 on modded-nanogpt's track 3 (2690, tuned Muon 3250), which changes
-    the bases at every step. See `update`.
+    the bases at every step. See `update`. Source: Vyas et al., "Improving SOAP using iterative whitening and Muon".
 
     Args:
         params: parameters, or groups of them; vectors go to AdamW by themselves.

@@ -91,9 +91,9 @@ SOPHIA = Rule(
 class Sophia(RuledOptimizer):
     """Sophia-G: ``p -= lr * sign(m) * min(|m| / (rho * batch_tokens * h + 1e-15), 1)``, h from an extra pass.
 
-    Every `estimate_every` steps, after ``step()``: sample labels from the model's own output, take the gradient of the mean
-    loss over them, call ``estimate()``, drop the gradients. hasten's trainer does it by itself (`estimate_every` tells
-    it). Handle with care: it diverged on long runs of 124M parameters in arXiv:2509.01440. Source: Liu et al.,
+    Every `estimate_every` steps, after ``step()``: sample labels from the model's own output, take the gradient of the
+    mean loss over them, call ``estimate()``, drop the gradients. hasten's trainer does it by itself (`estimate_every`
+    tells it). Handle with care: it diverged on long runs of 124M parameters in arXiv:2509.01440. Source: Liu et al.,
     arXiv:2305.14342.
 
     Args:
