@@ -26,10 +26,10 @@ import time
 from pathlib import Path
 
 ARMS = ("adamw", "ademamix", "muon", "soap")
-START = {"adamw": 5e-3, "ademamix": 2.5e-3, "muon": 5e-3, "soap": 5e-3}
-# The reference recipe writes AdamW's betas out.
+START = {"adamw": 5e-3, "ademamix": 5e-3, "muon": 1e-2, "soap": 5e-3}
+# The reference recipe writes the betas of AdamW out. Those of AdEMAMix are its defaults for a run of this length.
 MORE = {
-    "ademamix": ["optimizer.betas=[0.9,0.999,0.999]"],
+    "ademamix": ["optimizer.betas=[0.9,0.95,0.99]"],
     "soap": ["optimizer.betas=[0.95,0.95]"],
 }
 GRID = (0.5, 1.0, 2.0)
@@ -39,7 +39,7 @@ EVALUATION_TOKENS = 32_768
 
 
 def run_one(arm: str, lr: float, seed: int, steps: int, extra: list[str]) -> dict:
-    """Train once and return the line to write."""
+    """Train once and return the line to write; `arm` is a name, or ``name+setting=value``."""
     import torch
 
     from hasten.evaluation import evaluate_shards
@@ -48,7 +48,9 @@ def run_one(arm: str, lr: float, seed: int, steps: int, extra: list[str]) -> dic
     from hasten.recipe import resolve
 
     torch.set_num_threads(1)
-    settings = [f"optimizer={arm}", f"lr={lr}", f"seed={seed}", f"budget={steps}", *MORE.get(arm, ()), *extra]
+    name, *more = arm.split("+")
+    settings = [f"optimizer={name}", f"lr={lr}", f"seed={seed}", f"budget={steps}", *MORE.get(name, ())]
+    settings += [*(f"optimizer.{setting}" for setting in more), *extra]
     recipe = resolve("reference", settings).recipe
     began, cpu = time.perf_counter(), time.process_time()
     data = prepare_for(recipe)
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--tune-only", action="store_true")
+    parser.add_argument("--seed-0", action="append", default=[], metavar="ARM:LR", help="run this once and stop")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options, extra = parser.parse_known_args()
     if options.one:
@@ -150,6 +153,10 @@ def main() -> None:
         print(json.dumps(run_one(run["arm"], run["lr"], run["seed"], run["steps"], extra)))
         return
     study = Study(options.out, options.workers, extra)
+    if options.seed_0:
+        wanted = [(arm, float(lr)) for arm, _, lr in (text.rpartition(":") for text in options.seed_0)]
+        study.losses([{"arm": arm, "lr": lr, "seed": 0, "steps": options.steps} for arm, lr in wanted])
+        return
     arms = options.arms.split(",")
     # All first tries at once, so that every worker has something to do.
     grid = [(arm, START[arm] * factor) for arm in arms for factor in GRID]

@@ -70,7 +70,7 @@ def warmed_beta3(step: int, beta3: float, warmup: int | None, beta1: float) -> f
 
     Example:
         >>> [round(warmed_beta3(step, 0.9999, 100, 0.9), 4) for step in (1, 50, 100, 200)]
-        [0.9512, 0.9998, 0.9999, 0.9999]
+        [0.9909, 0.9998, 0.9999, 0.9999]
     """
     if not warmup or step >= warmup:
         return beta3
@@ -166,7 +166,7 @@ class AdEMAMix(RuledOptimizer):
         params: parameters, or groups of them.
         lr: learning rate, at least 0.
         betas: decay rates of the fast momentum, the squared gradient and the slow momentum, each in [0, 1). The slow
-            one 0.999 for short runs, 0.9999 above some 32,000 steps.
+            one should remember a tenth to a third of the run: 0.9999 above some 32,000 steps, 0.999 above 3,200.
         alpha: weight of the slow momentum, at least 0.
         alpha_warmup: over how much of the run alpha grows from 0: steps, a share such as 1.0, or None for no warm-up.
         beta3_warmup: over how much of the run the slow decay rate grows from the fast one; as `alpha_warmup`.

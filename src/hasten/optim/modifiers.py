@@ -84,7 +84,8 @@ def modified_update(rule: Rule, works: list[Work]) -> None:
       that began at zero grows up to the norm of a matrix with entries of deviation ``1 / sqrt(columns)``.
       arXiv:2606.16899.
     - ``ema``: a running average of the weights, ``e * average + (1 - e) * p`` with
-      ``e = min(ema, (1 + t) / (10 + t))``, which `RuledOptimizer.eval` reads out, mixed with the weights by ``ema_share``.
+      ``e = min(ema, (1 + t) / (10 + t))``, which `RuledOptimizer.eval` reads out, mixed with the weights by
+      ``ema_share``.
     """
     needs_step = [any(w.group[name] for name in _NEEDS_STEP) or _rounds_here(w.group, rule) for w in works]
     stepped = [work for work, needs in zip(works, needs_step, strict=True) if needs]

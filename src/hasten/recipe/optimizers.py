@@ -163,7 +163,7 @@ class AdEMAMixChoices(OptimizerChoices):
     """
 
     name: Literal["ademamix"] = "ademamix"
-    betas: ThreeBetas = (0.9, 0.999, 0.999)
+    betas: ThreeBetas = (0.9, 0.95, 0.99)
     alpha: Annotated[float, Field(ge=0.0, le=1000.0)] = 8.0
     alpha_warmup: Span = Duration.parse("100%")
     beta3_warmup: Span = Duration.parse("100%")
