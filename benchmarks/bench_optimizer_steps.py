@@ -4,7 +4,7 @@
 
 1. Every optimizer is tuned over its learning rate: a grid of the full run, one seed, the same number of tries each; the
    grid is extended while the best rate lies at its edge.
-2. The tuned rate runs with every seed at the full horizon; AdamW's mean final loss of a seed is what the others aim at.
+2. AdamW's tuned rate runs with every seed at the full horizon; what it ends with is what the others aim at.
 3. The others run on a ladder of shorter horizons, each with its schedule finished: from 0.75 up or down until AdamW's
    loss of the same seed lies between two rungs, where it is interpolated linearly in log steps; not reached is said,
    not guessed.
@@ -33,7 +33,7 @@ MORE = {
     "soap": ["optimizer.betas=[0.95,0.95]"],
 }
 GRID = (0.5, 1.0, 2.0)
-LADDER = (0.5, 0.65, 0.75, 0.87, 1.0)
+LADDER = (0.35, 0.5, 0.65, 0.75, 0.87, 1.0)
 SEEDS = (0, 1, 2)
 EVALUATION_TOKENS = 32_768
 
@@ -172,8 +172,7 @@ def main() -> None:
     guess = round(options.steps * 0.75)
     study.losses([{"arm": arm, "lr": rates[arm], "seed": s, "steps": guess} for arm in others for s in SEEDS])
     for arm in arms:
-        full = study.losses([{"arm": arm, "lr": rates[arm], "seed": s, "steps": options.steps} for s in SEEDS])
-        entry: dict = {"final_loss": full, "mean": statistics.mean(full)}
+        entry: dict = {}
         if arm != "adamw":
             places = list(zip(SEEDS, aim, strict=True))
             ratios = [steps_to(study, arm, rates[arm], seed, options.steps, target) for seed, target in places]
@@ -182,6 +181,10 @@ def main() -> None:
                 mean, spread = statistics.mean(ratios), statistics.stdev(ratios)
                 half = 4.303 * spread / math.sqrt(len(ratios))  # t for 95 %, two degrees of freedom
                 entry |= {"mean_ratio": mean, "interval_95": [mean - half, mean + half]}
+        runs = [run for run in study.done.values() if run["arm"] == arm]
+        tries = sorted((run["lr"], run["loss"]) for run in runs if (run["seed"], run["steps"]) == (0, options.steps))
+        tuned = sorted((run["steps"], run["seed"], run["loss"]) for run in runs if run["lr"] == rates[arm])
+        entry |= {"tuning": tries, "runs": tuned}
         result["arms"][arm] = entry
         print(arm, json.dumps(entry), flush=True)
     import torch

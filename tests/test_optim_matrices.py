@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError
-from hasten.optim import eigenbasis, exchange, matrices, muon, orthogonal, soap, soap_muon
+from hasten.optim import (
+    SOAP,
+    Muon,
+    NorMuon,
+    SOAPMuon,
+    eigenbasis,
+    exchange,
+    matrices,
+    muon,
+    orthogonal,
+    soap,
+    soap_muon,
+)
 from hasten.optim.rule import Rule, Work
 
 RULES = {rule.name: rule for rule in (muon.RULE, muon.NORMUON, soap.RULE, soap_muon.RULE)}
@@ -257,6 +269,34 @@ def test_settings_out_of_range_are_refused_by_name(settings: dict[str, Any], nam
         muon.check(group_of(muon.RULE, **settings))
 
 
+@pytest.mark.parametrize("kind", [Muon, NorMuon, SOAPMuon])
+@pytest.mark.parametrize("fastest", ["bf16", "float32"])
+def test_first_step_settles_the_number_format_for_good(
+    kind: type, fastest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon, "fastest_dtype", lambda device: orthogonal.DTYPES[fastest])
+    weight = torch.nn.Parameter(noise(8, 12))
+    first = kind([weight])
+    assert first.param_groups[0]["compute_dtype"] == "auto"
+    weight.grad = noise(8, 12, seed=1)
+    first.step()
+    assert first.param_groups[0]["compute_dtype"] == fastest
+    monkeypatch.setattr(muon, "fastest_dtype", None)
+    resumed = kind([weight])
+    resumed.load_state_dict(first.state_dict())
+    resumed.step()
+    assert resumed.param_groups[0]["compute_dtype"] == fastest
+
+
+def test_cpus_of_several_processes_agree_on_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "fastest_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(muon.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(muon.dist, "get_world_size", lambda: 2)
+    group = group_of(muon.RULE, compute_dtype="auto")
+    muon.settle_dtype(Work(group, [noise(4, 4)], [], [], 1))
+    assert group["compute_dtype"] == "float32"
+
+
 @pytest.mark.parametrize(("sizes", "dim"), [([4, 5], None), ([8, 0], 0), ([4, 4], 1)])
 def test_split_sizes_that_do_not_fit_are_refused(sizes: list[int], dim: int | None) -> None:
     with pytest.raises(RecipeError, match="split_sizes"):
@@ -314,7 +354,7 @@ def test_first_gradient_only_gives_the_bases() -> None:
 def test_one_sided_has_only_the_basis_of_the_shorter_side() -> None:
     for shape, side in (((32, 8), "columns"), ((8, 32), "rows"), ((8, 8), "rows")):
         state = soap.init(noise(*shape), group_of(soap.RULE, one_sided=True))
-        assert set(state) == {"exp_avg", "exp_avg_sq", f"statistic_{side}", f"basis_{side}"}
+        assert set(state) == {"exp_avg", "exp_avg_sq", "early", f"statistic_{side}", f"basis_{side}"}
         assert state[f"basis_{side}"].shape == (8, 8)
     wide = soap.init(noise(32, 128), group_of(soap.RULE, one_sided=True))
     assert sum(4 * value.numel() for value in wide.values()) <= 12 * 32 * 128
@@ -322,7 +362,7 @@ def test_one_sided_has_only_the_basis_of_the_shorter_side() -> None:
 
 def test_dimensions_above_the_limit_have_no_basis() -> None:
     state = soap.init(noise(32, 8), group_of(soap.RULE, max_precond_dim=31))
-    assert {"statistic_columns", "basis_columns"} == set(state) - {"exp_avg", "exp_avg_sq"}
+    assert {"statistic_columns", "basis_columns"} == set(state) - {"exp_avg", "exp_avg_sq", "early"}
 
 
 @pytest.mark.parametrize("size", [24, 300])
@@ -342,6 +382,71 @@ def test_next_basis_approaches_sorted_eigenvectors() -> None:
     for _ in range(60):
         basis, _ = eigenbasis.next_basis(statistic, basis)
     assert torch.allclose((basis.T @ true).abs(), torch.eye(16), atol=1e-2)
+
+
+def correlated(size: int, orders: float, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the mean of 4 `size` outer products, eigenvalues over `orders` of ten, and the basis of three quarters."""
+    directions = torch.linalg.qr(noise(size, size, seed=seed)).Q * torch.logspace(0, -orders / 2, size)
+    factor = directions @ noise(size, 4 * size, seed=seed + 1)
+    earlier = factor[:, : 3 * size]
+    basis = torch.linalg.eigh((earlier @ earlier.T).double()).eigenvectors.flip(-1).float()
+    return factor @ factor.T, basis
+
+
+@pytest.mark.parametrize("orders", [0.0, 2.0, 4.0])
+def test_large_bases_are_those_of_reflections(orders: float) -> None:
+    statistic, basis = correlated(300, orders)
+    found, order = eigenbasis.next_basis(statistic, basis)
+    assert torch.allclose(found.T @ found, torch.eye(300), atol=2e-5)
+    expected = torch.linalg.qr((statistic @ basis).double()[:, order]).Q
+    assert torch.allclose((found.double() * expected).sum(0).abs(), torch.ones(300).double(), atol=1e-4)
+
+
+def test_products_alone_make_the_large_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.linalg, "householder_product", None)
+    eigenbasis.next_basis(*correlated(300, 2.0))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 100])
+def test_large_bases_of_few_gradients_are_orthonormal(rank: int) -> None:
+    factor = noise(300, rank)
+    basis = eigenbasis.first_basis(factor @ factor.T)
+    for _ in range(3):
+        basis, _ = eigenbasis.next_basis(factor @ factor.T, basis)
+        assert torch.allclose(basis.T @ basis, torch.eye(300), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_change_of_bases_turns_the_first_moment_with_them(shape: tuple[int, int]) -> None:
+    group = group_of(soap.RULE, precondition_frequency=2, weight_decay=0.0)
+    params, state = [noise(*shape)], soap.init(noise(*shape), group)
+    average = torch.zeros(shape)
+    for step in range(1, 6):
+        gradient = noise(*shape, seed=step)
+        with torch.no_grad():
+            soap.RULE.update([Work(group, params, [gradient], [state], step)])
+        if step > 1:
+            average.lerp_(gradient, 0.05)
+            assert torch.allclose(state["basis_rows"] @ state["exp_avg"] @ state["basis_columns"].T, average, atol=1e-6)
+
+
+def test_when_bases_change_stays_with_the_parameter() -> None:
+    """Whatever other parameters have no gradient at a step, and though modified steps are those of copies."""
+    for more in ({}, {"cautious": True}):
+        params = [torch.nn.Parameter(noise(*shape)) for shape in [(16, 16), (8, 12), (12, 8), (10, 10)]]
+        optimizer = SOAP(params, precondition_frequency=4, **more)
+        slots = soap.refresh_slots(params, optimizer.param_groups[0])
+        assert set(slots.values()) == {0, 1, 2, 3}
+        for step in range(1, 10):
+            before = [optimizer.state[p]["basis_rows"].clone() if p in optimizer.state else None for p in params]
+            for number, p in enumerate(params):
+                p.grad = None if number == step % 3 and step > 1 else noise(*p.shape, seed=step)
+            optimizer.step()
+            for p, basis in zip(params, before):
+                if p.grad is not None and basis is not None:
+                    updates = int(optimizer.state[p]["step"]) - 1
+                    is_due = (updates + slots[p]) % 4 == 0
+                    assert torch.equal(optimizer.state[p]["basis_rows"], basis) != is_due
 
 
 def test_without_bases_soap_is_adam_that_skips_a_step() -> None:

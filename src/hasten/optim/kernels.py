@@ -42,7 +42,7 @@ def use(path: Path) -> Iterator[None]:
         _PATH.reset(token)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """An element-wise update.
 
@@ -152,26 +152,25 @@ class Kernel:
         low: Sequence[Tensor] | None,
     ) -> dict[str, Tensor]:
         count = len(lists[0])
-        columns: list[list[int]] = []
+        pointers = array.array("Q")
         for kind, values in zip(kinds, lists, strict=True):
-            if kind in ("signed8", "unsigned8"):
-                columns += [[v.codes.data_ptr() for v in values], [v.scales.data_ptr() for v in values]]
+            if kind in _PACKED:
+                pointers.extend([v.codes.data_ptr() for v in values] + [v.scales.data_ptr() for v in values])
             else:
-                columns.append([v.data_ptr() for v in values])
-                if kind == "kahan":
-                    assert low is not None
-                    columns.append([v.data_ptr() for v in low])
-        pointers = array.array("Q", [pointer for row in zip(*columns, strict=True) for pointer in row])
-        sizes, shape = self._shapes(kinds, lists)
-        if any(isinstance(value, Tensor) for value in scalars.values()):
-            table = [
-                v.tolist() if isinstance(v, Tensor) else [v] * count for v in map(scalars.__getitem__, self.scalars)
-            ]
-            numbers, stride = array.array("d", [x for row in zip(*table, strict=True) for x in row]), len(self.scalars)
+                pointers.extend([v.data_ptr() for v in values])
+            if kind == "kahan":
+                assert low is not None
+                pointers.extend([v.data_ptr() for v in low])
+        elements, shape = self._shapes(kinds, lists)
+        stride = 0
+        if any(type(value) is Tensor for value in scalars.values()):
+            stride = len(self.scalars)
+            given = [scalars[name] for name in self.scalars]
+            table = [v.tolist() if isinstance(v, Tensor) else [v] * count for v in given]
+            numbers = array.array("d", [x for row in zip(*table, strict=True) for x in row])
         else:
-            numbers, stride = array.array("d", [scalars[name] for name in self.scalars]), 0
+            numbers = array.array("d", [scalars[name] for name in self.scalars])
         sums = torch.empty(count, len(self.sums), dtype=torch.float64) if self.sums else None
-        threads = torch.get_num_threads() if sum(sizes) > 2 * native.BLOCK else 1
         run(
             count,
             shape.buffer_info()[0],
@@ -180,19 +179,18 @@ class Kernel:
             stride,
             None if sums is None else sums.data_ptr(),
             rounding.seed & 0xFFFFFFFF,
-            threads,
+            torch.get_num_threads() if elements > 2 * native.BLOCK else 1,
         )
         return {name: sums[:, place] for place, name in enumerate(self.sums)}
 
-    def _shapes(self, kinds: Sequence[str], lists: list[Sequence[Stored]]) -> tuple[list[int], array.array]:
-        """Return the elements of every parameter, and its rows, columns and rows of one matrix, one after the other."""
-        packed = next((values for kind, values in zip(kinds, lists, strict=True) if kind.endswith("signed8")), None)
-        if packed is None and not self.by_row and not self.by_column:
-            sizes = [v.numel() for v in lists[0]]
-            return sizes, array.array("q", [number for size in sizes for number in (1, size, 1)])
+    def _shapes(self, kinds: Sequence[str], lists: list[Sequence[Stored]]) -> tuple[int, array.array]:
+        """Return how many elements there are, and of every parameter its rows, columns and rows of one matrix."""
+        packed = next((values for kind, values in zip(kinds, lists, strict=True) if kind in _PACKED), None)
+        if packed is None and not self.by_row:
+            return _flat_shapes(tuple([v.numel() for v in lists[0]]))
         shapes = [v.shape for v in lists[0]] if packed is None else [v.codes.shape for v in packed]
         rows = [(s.numel() // s[-1] if s[-1] else 0, s[-1], s[-2] if len(s) > 1 else 1) for s in shapes]
-        return [s.numel() for s in shapes], array.array("q", [number for row in rows for number in row])
+        return sum(s.numel() for s in shapes), array.array("q", [number for row in rows for number in row])
 
     # --- torch.compile ----------------------------------------------------------------------------------------------
 
@@ -282,7 +280,13 @@ def _signature(row: Sequence[Stored], rounding: Rounding, names: Sequence[str]) 
     return (*kinds, device)
 
 
+_PACKED = ("signed8", "unsigned8")
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+
+
+@functools.lru_cache(256)
+def _flat_shapes(sizes: tuple[int, ...]) -> tuple[int, array.array]:
+    return sum(sizes), array.array("q", [number for size in sizes for number in (1, size, 1)])
 
 
 @functools.cache

@@ -90,7 +90,7 @@ void run(int64_t num, const int64_t *shape, void *const *pointers, const double 
         }}
         while (first[low + 1] <= b) ++low;
         const int64_t rows = shape[3 * low], columns = shape[3 * low + 1], inside = b - first[low];
-        block(pointers + low * {num_pointers}, scalars + low * stride, inside, rows, columns, shape[3 * low + 2],
+        block(pointers + low, num, scalars + low * stride, inside, rows, columns, shape[3 * low + 2],
               parts + b * {num_sums}, mix(seed + (uint32_t)low * 0x9e3779b9u));
     }}
     if ({num_sums}) {{
@@ -144,11 +144,11 @@ def source(
     place = 0
     for name, kind in storage.items():
         access = "" if name in written else "const "
-        body.append(f"{access}{_TYPES[kind]} *restrict at_{name} = at[{place}];")
+        body.append(f"{access}{_TYPES[kind]} *restrict at_{name} = at[{place} * num];")
         place += 1
         if kind in _TWO_POINTERS:
             second = "uint16_t" if kind == "kahan" else "float"
-            body.append(f"{second} *restrict more_{name} = at[{place}];")
+            body.append(f"{second} *restrict more_{name} = at[{place} * num];")
             place += 1
     body += [f"const T in_{name} = (T)s[{number}];" for number, name in enumerate(scalars)]
     body += [f"double sum_{name} = 0;" for name in sums]
@@ -178,10 +178,10 @@ def source(
         ]
     body += [f"part[{number}] = sum_{name};" for number, name in enumerate(sums)]
     top = _HEAD.format(real=real, suffix="" if real == "double" else "f")
-    run = _RUN.format(block=BLOCK, by_rows=int(by_rows), num_sums=len(sums), num_pointers=place)
+    run = _RUN.format(block=BLOCK, by_rows=int(by_rows), num_sums=len(sums))
     declared = (
-        "static void block(void *const *at, const double *s, int64_t inside, int64_t rows, int64_t columns, "
-        "int64_t height, double *part, uint32_t seed) {"
+        "static void block(void *const *at, int64_t num, const double *s, int64_t inside, int64_t rows, "
+        "int64_t columns, int64_t height, double *part, uint32_t seed) {"
     )
     return "\n".join([top, declared, *body, "}", run])
 
