@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hasten.checks import (
-    CHECKPOINT_BYTES,
+    EXPORT_BYTES,
+    WEIGHT_BYTES,
     Facts,
     Machine,
     check,
@@ -32,7 +33,15 @@ tokens = 1000
 [schedule]
 warmup = "2%"
 """
-GOOD = Facts(vocab_size=257, train_tokens=1_000_001, val_tokens=10_000, params=1000, total_steps=1000, free_bytes=10**9)
+GOOD = Facts(
+    vocab_size=257,
+    train_tokens=1_000_001,
+    val_tokens=10_000,
+    params=1000,
+    total_steps=1000,
+    free_bytes=10**9,
+    state_bytes=8000,
+)
 MACHINE = Machine(cuda_devices=2, has_mps=True, has_compiler=True, cores=4)
 
 
@@ -72,7 +81,7 @@ def test_boundary_of_the_data(wrong, right, start, names):
 
 
 def test_disk_holds_what_is_kept_and_the_one_being_written():
-    assert CHECKPOINT_BYTES * 1000 * 3 + 8 * 1000 == 44_000
+    assert (WEIGHT_BYTES * 1000 + GOOD.state_bytes) * 3 + EXPORT_BYTES * 1000 == 44_000
 
 
 @pytest.mark.parametrize(
@@ -160,3 +169,8 @@ def test_messages_are_one_sentence():
     for finding in check(recipe_of("batch_tokens=1050", "schedule.floor=1"), worst):
         assert finding.message.endswith(".")
         assert "\n" not in finding.message
+
+
+def test_an_optimizer_that_costs_much_beside_the_batch_is_told():
+    said = told(recipe_of(), optimizer_warnings=("muon computes 2 GFLOP a step; a larger batch makes it cheaper.",))
+    assert said == "warning: Muon computes 2 GFLOP a step; a larger batch makes it cheaper."

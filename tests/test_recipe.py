@@ -165,6 +165,7 @@ def test_reading_recipes_needs_no_torch():
         ("precision=16", "precision.name", "fp16"),
         ("schedule=linear", "schedule.name", "linear"),
         ("optimizer=adamw", "optimizer.name", "adamw"),
+        ("optimizer=AdEMAMix", "optimizer.name", "ademamix"),
         ("lengths=constant", "lengths.name", "constant"),
         ("clip=none", "clip.name", "none"),
         ("clip.name=value", "clip.name", "value"),
@@ -203,6 +204,15 @@ def test_malformed_override_is_refused(text):
 
 def test_unquoted_list_is_shown_quoted():
     assert '["a.txt", "b.txt"]' in refusal("data.train=[a.txt,b.txt]")
+
+
+def test_a_new_optimizer_takes_its_own_defaults_over_an_old_ones_that_were_written_out():
+    written = recipe_of("optimizer=adamw", source=None).to_toml()
+    lion = recipe_of("optimizer=lion", source=written).optimizer
+    assert (lion.lr, lion.weight_decay, lion.betas) == (0.0007, 0.5, (0.9, 0.99))
+    chosen = recipe_of("lr=0.002", source=None).to_toml()
+    lion = recipe_of("optimizer=lion", source=chosen).optimizer
+    assert (lion.lr, lion.weight_decay) == (0.002, 0.5)
 
 
 @pytest.mark.parametrize("pair", [("lr=1", "lr=2"), ("lr=1", "optimizer.lr=1"), ("lr=1", "learning_rate=2")])

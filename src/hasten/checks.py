@@ -28,8 +28,8 @@ EPOCHS_WORTH_FRESH_DATA = 4
 FEWEST_STEPS = 20
 # A product this much slower than in float32 is no speed-up. Without bf16 instructions we measured 70 (AVX2, 2 cores).
 SLOW = 1.2
-# Bytes of a checkpoint per parameter: float32 master weights and AdamW's two moments.
-CHECKPOINT_BYTES = 12
+# Bytes of the float32 master weights of a checkpoint, and of the export while it is written beside an older one.
+WEIGHT_BYTES, EXPORT_BYTES = 4, 8
 # Share of a training token's cost that an evaluated one has (no backward pass); warn where the sum passes this share.
 FORWARD_SHARE, EVALUATION_SHARE = 0.35, 0.25
 FEWEST_VAL_TOKENS = 1000
@@ -72,6 +72,8 @@ class Facts:
         params: parameters of the model.
         total_steps: optimizer steps of the run; None while a wall-clock budget is not planned.
         free_bytes: space left on the run folder's disk.
+        state_bytes: of the optimizer.
+        optimizer_warnings: what the optimizer's own plan warns about.
     """
 
     vocab_size: int
@@ -80,6 +82,8 @@ class Facts:
     params: int
     total_steps: int | None
     free_bytes: int
+    state_bytes: int = 0
+    optimizer_warnings: tuple[str, ...] = ()
 
 
 def check_machine(recipe: Recipe, machine: Machine) -> list[Finding]:
@@ -93,6 +97,7 @@ def check(recipe: Recipe, facts: Facts) -> list[Finding]:
     What needs `facts.total_steps` is left out while that is None; ask `check_horizon` once it is planned.
     """
     findings = [*_rows(recipe, facts), *_vocabulary(recipe, facts), *_schedule(recipe), *_disk(recipe, facts)]
+    findings += [_warning(f"{text[0].upper()}{text[1:]}") for text in facts.optimizer_warnings]
     return _sorted([*findings, *check_horizon(recipe, facts)])
 
 
@@ -257,7 +262,7 @@ def _disk(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     # One more than is kept, because a checkpoint is only removed after the next one is verified; and the export, whole
     # and half written.
     keep = recipe.checkpoint.keep
-    needed = facts.params * (CHECKPOINT_BYTES * (keep + 1) + 8)
+    needed = (facts.params * WEIGHT_BYTES + facts.state_bytes) * (keep + 1) + facts.params * EXPORT_BYTES
     if facts.free_bytes < needed:
         yield _error(
             f"The run folder needs about {_size(needed)} for {keep} + 1 checkpoints and the model, and its disk has "

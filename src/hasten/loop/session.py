@@ -123,6 +123,7 @@ def _report(findings: Iterable[Finding], tell: Teller) -> None:
 
 
 def _facts(state: State, folder: RunFolder) -> Facts:
+    plan = state.optimizer.plan(tokens_per_step=state.tokens_per_step)
     return Facts(
         vocab_size=state.data.vocab_size,
         train_tokens=state.data.train.num_tokens,
@@ -130,6 +131,8 @@ def _facts(state: State, folder: RunFolder) -> Facts:
         params=count_parameters(state.config),
         total_steps=state.total_steps or None,
         free_bytes=free_bytes(folder.path),
+        state_bytes=plan.state_bytes,
+        optimizer_warnings=plan.warnings,
     )
 
 

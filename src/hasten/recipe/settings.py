@@ -157,9 +157,12 @@ def _settled(schema: Schema, given: Given, more_names: Mapping[str, str], chosen
     if given.key not in schema.leaves:
         raise schema.unknown(given, more_names, chosen)
     table, _, leaf = given.key.rpartition(".")
-    if leaf == "name" and given.value not in schema.names(table):
+    names = schema.names(table) if leaf == "name" else []
+    if isinstance(given.value, str) and given.value not in names and given.value.lower() in names:
+        given = replace(given, value=given.value.lower(), raw=None)  # Muon, as the class is called.
+    if leaf == "name" and given.value not in names:
         shown = given.raw if given.raw is not None else given.value
-        near = nearest(str(shown), schema.names(table))
+        near = nearest(str(shown), names)
         raise RecipeError(
             f"{_shown(given.key, given.value, given)}: expected {schema.expected(given.key)}{near or '.'}"
         )
