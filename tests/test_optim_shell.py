@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -500,6 +502,12 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RecipeError, match="sparse=False"):
         AdamW(embedding.parameters()).step()
+
+
+def test_the_parts_are_there_after_nothing_but_importing_hasten():
+    says = "import hasten; print(hasten.optim.Lion.__name__, hasten.schedules.cosine(0.5)(1.0), hasten.clip.NoClip())"
+    done = subprocess.run([sys.executable, "-c", says], capture_output=True, text=True, check=True)
+    assert done.stdout == "Lion 0.5 NoClip()\n"
 
 
 def test_public_classes_are_torch_optimizers():

@@ -50,7 +50,13 @@ __all__ = [
 ]
 
 
+# Rooms of parts, for ``hasten.optim.Lion`` after nothing but ``import hasten``.
+_ROOMS = ("clip", "optim", "schedules")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"hasten.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'hasten' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
@@ -59,4 +65,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*__all__, *_ROOMS, "__version__"])
