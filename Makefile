@@ -44,6 +44,9 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/bench_loop.py
 	$(BIN)/python benchmarks/bench_loader.py
 	$(BIN)/python benchmarks/bench_prepare.py
+	$(PIP) -r benchmarks/requirements-peers.txt
+	$(BIN)/python benchmarks/bench_optimizers.py --quick
+	$(BIN)/python benchmarks/bench_optimizer_steps.py --out benchmarks/results/latest_optimizer_steps
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

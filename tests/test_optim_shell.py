@@ -516,3 +516,20 @@ def test_public_classes_are_torch_optimizers():
         assert getattr(hasten.optim, kind.__name__) is kind
         assert "Source" in (kind.__doc__ or ""), name
         assert RULES[name].name == name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device on this machine")
+@every_optimizer
+def test_a_gpu_gives_the_numbers_of_the_cpu(name):
+    here, there = weights(), [nn.Parameter(p.detach().cuda()) for p in weights()]
+    more = {"compute_dtype": "float32"} if "compute_dtype" in RULES[name].settings else {}
+    one, other = build(name, here, **more), build(name, there, **more)
+    for step in range(6):
+        give_gradients(here, step)
+        for p, q in zip(here, there, strict=True):
+            q.grad = None if p.grad is None else p.grad.cuda()
+        one.step()
+        other.step()
+    for p, q, start in zip(here, there, weights(), strict=True):
+        assert (p - q.cpu()).norm() <= 1e-3 * (p - start).norm()

@@ -13,7 +13,7 @@ from hasten.optim.adam import ADAM, ADAMW, Adam, AdamW
 from hasten.optim.ademamix import ADEMAMIX, AdEMAMix
 from hasten.optim.adopt import ADOPT, ADOPT_RULE
 from hasten.optim.defaults import Defaults, defaults
-from hasten.optim.groups import parameter_groups
+from hasten.optim.groups import check_complete, parameter_groups
 from hasten.optim.mars import MARS, MARS_RULE
 from hasten.optim.muon import NORMUON, Muon, NorMuon
 from hasten.optim.muon import RULE as MUON
@@ -52,6 +52,7 @@ __all__ = [
     "ScheduleFreeAdamW",
     "Signum",
     "Sophia",
+    "check_complete",
     "defaults",
     "optimizer",
     "parameter_groups",
