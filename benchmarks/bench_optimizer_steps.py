@@ -5,7 +5,7 @@
 1. Every optimizer is tuned over its learning rate: a grid of the full run, one seed, the same number of tries each; the
    grid is extended while the best rate lies at its edge.
 2. AdamW's tuned rate runs with every seed at the full horizon; what it ends with is what the others aim at.
-3. The others run on a ladder of shorter horizons, each with its schedule finished: from 0.75 up or down until AdamW's
+3. The others run on a ladder of shorter horizons, each with its schedule finished: up or down until AdamW's
    loss of the same seed lies between two rungs, where it is interpolated linearly in log steps; not reached is said,
    not guessed.
 
@@ -33,6 +33,8 @@ MORE = {
     "soap": ["optimizer.betas=[0.95,0.95]"],
 }
 GRID = (0.5, 1.0, 2.0)
+# Where the search on the ladder begins.
+FIRST = {"ademamix": 0.87, "muon": 0.5, "soap": 0.5}
 LADDER = (0.35, 0.5, 0.65, 0.75, 0.87, 1.0)
 SEEDS = (0, 1, 2)
 EVALUATION_TOKENS = 32_768
@@ -124,7 +126,7 @@ def steps_to(study: Study, arm: str, lr: float, seed: int, steps: int, target: f
     def loss(place: int) -> float:
         return study.losses([{"arm": arm, "lr": lr, "seed": seed, "steps": round(steps * LADDER[place])}])[0]
 
-    place = LADDER.index(0.75)
+    place = LADDER.index(FIRST[arm])
     while loss(place) > target:
         place += 1
         if place == len(LADDER):
@@ -169,8 +171,8 @@ def main() -> None:
     aim = study.losses([{"arm": "adamw", "lr": rates["adamw"], "seed": s, "steps": options.steps} for s in SEEDS])
     # All first guesses at once, so that every worker has something to do.
     others = [arm for arm in arms if arm != "adamw"]
-    guess = round(options.steps * 0.75)
-    study.losses([{"arm": arm, "lr": rates[arm], "seed": s, "steps": guess} for arm in others for s in SEEDS])
+    guess = {arm: round(options.steps * FIRST[arm]) for arm in others}
+    study.losses([{"arm": arm, "lr": rates[arm], "seed": s, "steps": guess[arm]} for arm in others for s in SEEDS])
     for arm in arms:
         entry: dict = {}
         if arm != "adamw":

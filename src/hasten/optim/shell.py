@@ -293,6 +293,8 @@ class RuledOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def train(self) -> None:
         """Put the trained weights back after `eval`; no change otherwise."""
+        if not self._evaluating:
+            return
         self._evaluating = False
         for parameter, state in self.state.items():
             if "trained" in state:
