@@ -163,6 +163,7 @@ class AdEMAMixChoices(OptimizerChoices):
     """
 
     name: Literal["ademamix"] = "ademamix"
+    lr: Rate = 0.00125
     betas: ThreeBetas = (0.9, 0.95, 0.99)
     alpha: Annotated[float, Field(ge=0.0, le=1000.0)] = 8.0
     alpha_warmup: Span = Duration.parse("100%")
@@ -293,6 +294,7 @@ class MuonChoices(OptimizerChoices):
     """
 
     name: Literal["muon"] = "muon"
+    lr: Rate = 0.02
     momentum: Beta = 0.95
     nesterov: bool = True
     adjust_lr: Literal["match_rms_adamw", "original", "rms_to_rms"] = "match_rms_adamw"
@@ -325,6 +327,7 @@ class SOAPChoices(OptimizerChoices):
     """
 
     name: Literal["soap"] = "soap"
+    lr: Rate = 0.01
     betas: Betas = (0.95, 0.95)
     eps: Small = 1e-8
     precondition_frequency: Count = 10
