@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hasten.optim.storage import Packed, mix_number, round_randomly
+from hasten.optim.storage import SALT, Packed, mix_number, round_randomly
 
 Stored = Tensor | Packed
 
@@ -23,7 +23,7 @@ class Rounding:
 
     Args:
         mode: ``nearest``, ``stochastic``, or ``kahan``: what rounding cut off is kept in a second bfloat16 tensor.
-        seed: of this step's random numbers.
+        seed: of this step's random numbers; those of packed state too.
     """
 
     mode: str = "nearest"
@@ -55,13 +55,17 @@ def run_in_blocks(
     totals = torch.zeros(len(lists[0]), len(kernel.sums), dtype=torch.float64, device=device)
     for k, row in enumerate(zip(*lists, strict=True)):
         numbers = {name: v[k].item() if isinstance(v, Tensor) else v for name, v in scalars.items()}
-        seed = mix_number(rounding.seed + k * 0x9E3779B9) if rounding.mode == "stochastic" else 0
+        is_random = rounding.mode == "stochastic" or any(isinstance(stored, Packed) for stored in row)
+        seed = mix_number(rounding.seed + k * 0x9E3779B9) if is_random else 0
         store = Rounding(rounding.mode, seed)
         for start, part, rest in _blocks(row, None if low is None else low[k]):
             named = dict(zip(kernel.tensors, part, strict=True))
             values = {name: _read(t, rest if name == "p" else None) for name, t in named.items()}
             new = kernel.function(**values, **numbers)
             for name in kernel.writes:
+                if isinstance(named[name], Packed):
+                    named[name].pack(new[name], seed + kernel.tensors.index(name) * SALT)
+                    continue
                 is_weight = name == "p"
                 _write(named[name], new[name], store if is_weight else NEAREST, rest if is_weight else None, start)
             for place, name in enumerate(kernel.sums):
@@ -104,10 +108,8 @@ def _read(stored: Stored, low: Tensor | None) -> Tensor:
     return values if low is None else values + low.float()
 
 
-def _write(stored: Stored, values: Tensor, rounding: Rounding, low: Tensor | None, start: int) -> None:
-    if isinstance(stored, Packed):
-        stored.pack(values)
-    elif rounding.mode == "stochastic" and stored.dtype == torch.bfloat16:
+def _write(stored: Tensor, values: Tensor, rounding: Rounding, low: Tensor | None, start: int) -> None:
+    if rounding.mode == "stochastic" and stored.dtype == torch.bfloat16:
         stored.copy_(round_randomly(values.contiguous(), rounding.seed, start))
     else:
         stored.copy_(values)

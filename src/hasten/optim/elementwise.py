@@ -104,8 +104,9 @@ def apply(
             tensors[name] = local_parts(work.grads)
         elif name not in tensors:
             tensors[name] = stored(work, name)
-    mode = work.group["rounding"]
-    if mode == "nearest":
+    mode, is_packed = work.group["rounding"], work.group["state_format"] == "8bit"
+    if mode == "nearest" and not is_packed:
         return kernel(tensors, scalars)
-    seed = mix_number(work.group["seed"] * 0x9E3779B9 + work.step) if mode == "stochastic" else 0
+    is_random = mode == "stochastic" or is_packed
+    seed = mix_number(work.group["seed"] * 0x9E3779B9 + work.step) if is_random else 0
     return kernel(tensors, scalars, rounding=Rounding(mode, seed), low=remainders(work))

@@ -24,6 +24,8 @@ from hasten.cache import cache_root
 BLOCK = 16384
 # Elements of a row that share one scale in 8-bit storage.
 QUANTUM = 256
+# Between the random numbers of two tensors of one update.
+SALT = 0x85EBCA6B
 
 _FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=gnu11")
 # `-fopenmp` only at compile time: its functions are then found in the OpenMP runtime that PyTorch has loaded, so that
@@ -37,7 +39,7 @@ _HEAD = """
 typedef {real} T;
 #define SQRT(x) sqrt{suffix}(x)
 #define FABS(x) fabs{suffix}(x)
-#define RINT(x) rint{suffix}(x)
+#define FLOOR(x) floor{suffix}(x)
 typedef union {{ uint32_t bits; float value; }} word;
 
 static inline uint32_t mix(uint32_t x) {{
@@ -57,14 +59,25 @@ static inline uint16_t to_bf16_random(float x, uint32_t random) {{
 static inline T from_signed(int8_t code, T scale) {{
     const T c = (T)code * (T)(1.0 / 127); return c * FABS(c) * scale;
 }}
-static inline int8_t to_signed(T x, T inverse) {{
-    const T q = RINT(SQRT(FABS(x * inverse)) * (T)127); return (int8_t)(x < (T)0 ? -q : q);
+/* A number in [0, 1) that depends on a value and a seed, not on where it stands: shards draw what the whole does. */
+static inline T uniform(T x, uint32_t seed) {{
+    word w; w.value = (float)x; return (T)(mix(w.bits ^ seed) >> 8) * (T)(1.0 / 16777216);
+}}
+static inline int8_t to_signed(T x, T inverse, uint32_t seed) {{
+    const T a = FABS(x * inverse), low = FLOOR(SQRT(a) * (T)127);
+    const T chance = (a * (T)16129 - low * low) / (low + low + (T)1);
+    const T q = uniform(x, seed) < chance ? low + (T)1 : low, most = q > (T)127 ? (T)127 : q;
+    return (int8_t)(x < (T)0 ? -most : most);
 }}
 static inline T from_unsigned(uint8_t code, T scale) {{
     const T c = (T)code * (T)(1.0 / 255); return c * c * (c * c) * scale;
 }}
-static inline uint8_t to_unsigned(T x, T inverse) {{
-    const T q = RINT(SQRT(SQRT(x * inverse)) * (T)255); return (uint8_t)(x > (T)0 && q < (T)1 ? (T)1 : q);
+static inline uint8_t to_unsigned(T x, T inverse, uint32_t seed) {{
+    const T a = x * inverse, low = FLOOR(SQRT(SQRT(a)) * (T)255), next = low + (T)1;
+    const T under = low * low * (low * low), over = next * next * (next * next);
+    const T chance = (a * (T)4228250625.0 - under) / (over - under);
+    const T q = uniform(x, seed) < chance ? next : low, most = q > (T)255 ? (T)255 : q;
+    return (uint8_t)(x > (T)0 && most < (T)1 ? (T)1 : most);
 }}
 """
 
@@ -166,7 +179,9 @@ def source(
         ]
         for name in by_column:
             loop = [line.replace(f"at_{name}[i]", f"across_{name}[i]") for line in loop]
-        body += _by_rows(loop, head, [(name, storage[name]) for name in packed], written, reduction)
+        places = {name: place for place, name in enumerate(storage)}
+        changed = [(name, storage[name], places[name]) for name in packed if name in written]
+        body += _by_rows(loop, [*head, *_scales(packed)], changed, reduction)
     else:
         body += [
             f"const int64_t begin = inside * {BLOCK}, size = rows * columns;",
@@ -206,15 +221,21 @@ def _store(name: str, kind: str, value: str) -> str:
     }.get(kind, f"at_{name}[i] = {value};")
 
 
+def _scales(packed: Sequence[str]) -> list[str]:
+    return [f"const T scale_{name} = more_{name}[row * quanta + q];" for name in packed]
+
+
 def _by_rows(
-    loop: Sequence[str],
-    head: Sequence[str],
-    packed: Sequence[tuple[str, str]],
-    written: Sequence[str],
-    reduction: str,
+    loop: Sequence[str], head: Sequence[str], changed: Sequence[tuple[str, str, int]], reduction: str
 ) -> list[str]:
-    """Return the loop over quanta of rows: unpack, update, find the largest value, pack."""
-    changed = [(name, kind) for name, kind in packed if name in written]
+    """Return the loop over quanta of rows: unpack, update, find the largest value, pack.
+
+    Args:
+        loop: statements for each element.
+        head: statements for each quantum.
+        changed: name, storage and place of the tensors that are packed again.
+        reduction: clause of the loop over elements.
+    """
     lines = [
         f"const int64_t step = columns < {BLOCK} ? {BLOCK} / columns : 1;",
         f"const int64_t quanta = (columns + {QUANTUM - 1}) / {QUANTUM};",
@@ -224,14 +245,13 @@ def _by_rows(
         f"const int64_t base = row * columns + q * {QUANTUM};",
         f"const int64_t left = columns - q * {QUANTUM}, width = left < {QUANTUM} ? left : {QUANTUM};",
         *head,
-        *(f"const T scale_{name} = more_{name}[row * quanta + q];" for name, _ in packed),
-        *(f"T new_{name}[{QUANTUM}];" for name, _ in changed),
+        *(f"T new_{name}[{QUANTUM}];" for name, _, _ in changed),
         f"#pragma omp simd{reduction}",
         "for (int64_t i = base; i < base + width; ++i) {",
         *loop,
         "}",
     ]
-    for name, kind in changed:
+    for name, kind, place in changed:
         lines += [
             f"T top_{name} = 0;",
             f"#pragma omp simd reduction(max:top_{name})",
@@ -240,7 +260,8 @@ def _by_rows(
             f"more_{name}[row * quanta + q] = top_{name};",
             f"const T inverse_{name} = top_{name} > (T)0 ? (T)1 / top_{name} : (T)0;",
             "#pragma omp simd",
-            f"for (int64_t j = 0; j < width; ++j) at_{name}[base + j] = to_{kind[:-1]}(new_{name}[j], inverse_{name});",
+            f"for (int64_t j = 0; j < width; ++j) at_{name}[base + j] = "
+            f"to_{kind[:-1]}(new_{name}[j], inverse_{name}, seed + {place * SALT & 0xFFFFFFFF}u);",
         ]
     return [*lines, "}"]
 

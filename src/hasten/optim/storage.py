@@ -12,6 +12,8 @@ from hasten.optim.sharding import local
 
 # Elements of a row that share one scale; `hasten.optim.native` has the same number.
 QUANTUM = 256
+# Between the random numbers of two tensors of one update; in `hasten.optim.native` too.
+SALT = 0x85EBCA6B
 # Smaller tensors, and vectors, keep float32 state: they are no memory and matter most (as in Dettmers et al.).
 FEWEST_PACKED = 4096
 
@@ -20,9 +22,11 @@ FEWEST_PACKED = 4096
 class Packed:
     """A tensor in 8 bits: codes of its shape, and a float32 scale for every `QUANTUM` elements of a row.
 
-    Codes are companded, so that small values keep their digits: a signed value is ``sign * (code / 127)**2 * scale``, a
-    value that is never negative ``(code / 255)**4 * scale``, and one above zero never becomes zero. Block-wise scales:
-    Dettmers et al., arXiv:2110.02861; there the codes are a table, here a formula, which needs no look-up.
+    Codes are companded, so that small values keep their digits: a signed value is ``sign * (code / 127)**2 * scale``,
+    one that is never negative ``(code / 255)**4 * scale``, and none above zero becomes zero. Between two codes the
+    choice is random and right on average: rounded to the nearest, an average would stand still as soon as what a step
+    adds to it is less than half a code. Block-wise scales: Dettmers et al., arXiv:2110.02861; there the codes are a
+    table, here a formula, which needs no look-up.
     """
 
     codes: Tensor
@@ -40,19 +44,27 @@ class Packed:
         scales = self.scales.repeat_interleave(QUANTUM, dim=-1)[..., : self.codes.shape[-1]]
         return (c * c.abs() if is_signed else c * c * (c * c)) * scales
 
-    def pack(self, values: Tensor) -> None:
-        """Store `values`, of the shape of the codes."""
+    def pack(self, values: Tensor, seed: int = 0) -> None:
+        """Store `values`, of the shape of the codes.
+
+        Args:
+            values: float32.
+            seed: of the random choices, which depend on it and on each value alone.
+        """
         columns = values.shape[-1]
         missing = -columns % QUANTUM
         quanta = torch.nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, QUANTUM))
         tops = quanta.abs().amax(-1)
         inverse = torch.where(tops > 0, 1.0 / tops, 0.0)
-        y = quanta * inverse[..., None]
-        if self.kind == "signed8":
-            q = torch.round(torch.sqrt(y.abs()) * 127).copysign(quanta)
-        else:
-            q = torch.round(torch.sqrt(torch.sqrt(y)) * 255)
-            q = torch.where((quanta > 0) & (q < 1), 1.0, q)
+        a = (quanta * inverse[..., None]).abs()
+        power, most = (2, 127) if self.kind == "signed8" else (4, 255)
+        low = torch.floor((a.sqrt() if power == 2 else a.sqrt().sqrt()) * most)
+        under, over = low * low, (low + 1) * (low + 1)
+        if power == 4:
+            under, over = under * under, over * over
+        up = uniform(quanta, seed) < (a * float(most**power) - under) / (over - under)
+        q = (low + up).clamp_max(most)
+        q = q.copysign(quanta) if power == 2 else torch.where((quanta > 0) & (q < 1), 1.0, q)
         self.codes.copy_(q.flatten(-2)[..., :columns])
         self.scales.copy_(tops)
 
@@ -88,6 +100,12 @@ def mix(x: Tensor) -> Tensor:
     x = x ^ (x >> 15)
     x = (x * 0x735A2D97) & 0xFFFFFFFF
     return x ^ (x >> 15)
+
+
+def uniform(values: Tensor, seed: int) -> Tensor:
+    """Return a number in [0, 1) for each of `values` (float32), which depends on the value and the seed alone."""
+    bits = values.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    return (mix(bits ^ (seed & 0xFFFFFFFF)) >> 8).to(torch.float32) * (1.0 / 16777216)
 
 
 def round_randomly(values: Tensor, seed: int, first: int = 0) -> Tensor:
