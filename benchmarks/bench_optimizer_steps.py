@@ -34,7 +34,7 @@ MORE = {
 }
 GRID = (0.5, 1.0, 2.0)
 # Where the search on the ladder begins.
-FIRST = {"ademamix": 0.87, "muon": 0.5, "soap": 0.5}
+FIRST = {"ademamix": 0.87, "muon": 0.65, "soap": 0.75}
 LADDER = (0.35, 0.5, 0.65, 0.75, 0.87, 1.0)
 SEEDS = (0, 1, 2)
 EVALUATION_TOKENS = 32_768
