@@ -252,14 +252,12 @@ def _common_signature(lists: Sequence[Sequence[Stored]], rounding: Rounding) -> 
         return None
     kinds = []
     for values in lists:
-        first = values[0]
-        if type(first) is Packed:
+        if Packed in {type(tensor) for tensor in values}:
             return None
-        dtype = first.dtype
-        for tensor in values:
-            if type(tensor) is Packed or tensor.dtype != dtype or not tensor.is_contiguous():
-                return None
-        kinds.append(_DTYPES.get(dtype, "other"))
+        dtypes = {tensor.dtype for tensor in values}
+        if len(dtypes) > 1 or not all([tensor.is_contiguous() for tensor in values]):
+            return None
+        kinds.append(_DTYPES.get(dtypes.pop(), "other"))
     devices = {tensor.device for tensor in lists[0]}
     return (*kinds, devices.pop().type) if len(devices) == 1 else None
 
