@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -33,10 +34,11 @@ def matrix_step(
     return {"p": keep * p - step_size * update}
 
 
-def vector_squares(g: Tensor, variance: Tensor, *, least: float) -> dict[str, Tensor]:
-    """Return the squares of a vector's update, to be summed."""
+def vector_squares(g: Tensor, variance: Tensor, *, old: float, new: float, least: float) -> dict[str, Tensor]:
+    """Return the new squared gradient of a vector, and the squares of its update, to be summed."""
+    variance = old * variance + new * (g * g)
     update = g / torch.sqrt(torch.clamp_min(variance, least))
-    return {"squares": update * update}
+    return {"variance": variance, "squares": update * update}
 
 
 def vector_step(
@@ -46,16 +48,10 @@ def vector_step(
     return {"p": keep * p - step_size * (g / torch.sqrt(torch.clamp_min(variance, least)))}
 
 
-def vector_statistics(g: Tensor, variance: Tensor, *, old: float, new: float) -> dict[str, Tensor]:
-    """Return the new squared gradient of a vector."""
-    return {"variance": old * variance + new * (g * g)}
-
-
 _ACROSS = {"by_row": ("row",), "by_column": ("column",)}
 MATRIX_SQUARES = Kernel(matrix_squares, ("g", "row", "column"), ("least",), **_ACROSS)
 MATRIX_STEP = Kernel(matrix_step, ("p", "g", "row", "column"), ("least", "keep", "step_size"), **_ACROSS)
-VECTOR_STATISTICS = Kernel(vector_statistics, ("g", "variance"), ("old", "new"))
-VECTOR_SQUARES = Kernel(vector_squares, ("g", "variance"), ("least",))
+VECTOR_SQUARES = Kernel(vector_squares, ("g", "variance"), ("old", "new", "least"))
 VECTOR_STEP = Kernel(vector_step, ("p", "g", "variance"), ("least", "keep", "step_size"))
 
 
@@ -72,17 +68,17 @@ def _step(work: Work, *, is_matrix: bool) -> None:
     """Update matrices, or vectors: statistics, then the size of the update, then the weights."""
     group, step = work.group, work.step
     lr, share = float(group["lr"]), float(step) ** group["beta2_decay"]
-    eps = [torch.finfo(p.dtype).eps if group["eps"][0] is None else group["eps"][0] for p in work.params]
+    eps = [_eps(p.dtype) if group["eps"][0] is None else group["eps"][0] for p in work.params]
     least = eps[0] ** 2 if len(set(eps)) == 1 else torch.tensor(eps, dtype=torch.float64).square_()
     if is_matrix:
         rows, columns = _factors(work, share, eps)
-        extra, squares, move = {"row": rows, "column": columns}, MATRIX_SQUARES, MATRIX_STEP
+        extra, move = {"row": rows, "column": columns}, MATRIX_STEP
+        squares = apply(MATRIX_SQUARES, work, {"least": least}, extra)["squares"]
     else:
-        apply(VECTOR_STATISTICS, work, {"old": 1.0 - share, "new": share})
-        extra, squares, move = {}, VECTOR_SQUARES, VECTOR_STEP
-    norms = [torch.linalg.vector_norm(p, dtype=_wide(p)) for p in local_parts(work.params)]
-    weights = torch.stack(norms).double().square_()
-    updates = apply(squares, work, {"least": least}, extra)["squares"].to(weights.device)
+        extra, move = {}, VECTOR_STEP
+        squares = apply(VECTOR_SQUARES, work, {"old": 1.0 - share, "new": share, "least": least})["squares"]
+    weights = _norms(local_parts(work.params)).square_()
+    updates = squares.to(weights.device)
     elements = torch.tensor([float(p.numel()) for p in work.params], dtype=torch.float64, device=weights.device)
     rms, size = (add_up(torch.cat([weights, updates]), [*work.params, *work.params]).view(2, -1) / elements).sqrt_()
     rates = rms.clamp_(min=group["eps"][1]).mul_(min(lr, 1.0 / step**0.5)).div_(size.div_(group["d"]).clamp_(min=1.0))
@@ -111,7 +107,7 @@ def _factors(work: Work, share: float, eps: list[float]) -> tuple[list[Tensor], 
     torch._foreach_lerp_(column_vars, columns, share)
     torch._foreach_div_(sums, heights)
     torch._foreach_maximum_(sums, eps)
-    return [row_var / mean for row_var, mean in zip(row_vars, sums, strict=True)], column_vars
+    return list(torch._foreach_div(row_vars, sums)), column_vars
 
 
 def _squares(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -129,8 +125,20 @@ def _squares(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.cat(rows, dim=-2), columns
 
 
+def _norms(weights: list[Tensor]) -> Tensor:
+    """Return the 2-norm of each, in float64."""
+    if {weight.dtype for weight in weights} <= {torch.float32, torch.float64}:
+        return torch.stack(torch._foreach_norm(weights)).double()
+    return torch.stack([torch.linalg.vector_norm(weight, dtype=_wide(weight)) for weight in weights]).double()
+
+
+@functools.cache
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
 def _wide(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.dtype if parameter.dtype == torch.float64 else torch.float32
 
 
 def _init(parameter: Tensor, group: Group) -> dict[str, Tensor]:

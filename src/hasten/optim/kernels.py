@@ -255,7 +255,7 @@ def _common_signature(lists: Sequence[Sequence[Stored]], rounding: Rounding) -> 
         if Packed in {type(tensor) for tensor in values}:
             return None
         dtypes = {tensor.dtype for tensor in values}
-        if len(dtypes) > 1 or not all([tensor.is_contiguous() for tensor in values]):
+        if len(dtypes) > 1 or not all(tensor.is_contiguous() for tensor in values):
             return None
         kinds.append(_DTYPES.get(dtypes.pop(), "other"))
     devices = {tensor.device for tensor in lists[0]}

@@ -163,7 +163,6 @@ class RuledOptimizer(torch.optim.Optimizer):
 
     # --- stepping ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; gradients stay as they are.
 
@@ -182,6 +181,17 @@ class RuledOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._evaluating:
             raise RecipeError("The optimizer holds its evaluation weights; call optimizer.train() before step().")
+        # As torch.no_grad() does it; the context manager alone would be a tenth of a step of few small tensors.
+        had_grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            self._update()
+        finally:
+            torch._C._set_grad_enabled(had_grad)
+        return loss
+
+    def _update(self) -> None:
+        """Let every rule update what it has."""
         works = self._works()
         for name in dict.fromkeys(group["rule"] for group in self.param_groups):
             rule = _rule(name)
@@ -194,7 +204,6 @@ class RuledOptimizer(torch.optim.Optimizer):
                 modified_update(rule, modified)
         for work in works:
             work.states[0]["step"] += 1.0
-        return loss
 
     def _works(self) -> list[Work]:
         """Return what there is to update, by group and by how often it was updated; new parameters get their state.
