@@ -330,7 +330,7 @@ class SOAPChoices(OptimizerChoices):
     lr: Rate = 0.01
     betas: Betas = (0.95, 0.95)
     eps: Small = 1e-8
-    precondition_frequency: Count = 10
+    precondition_frequency: Count = 2
     max_precond_dim: Count = 10000
     one_sided: bool = False
     kl: bool = False
