@@ -29,7 +29,7 @@ class OptimizerChoices(Choices):
 
     Args:
         lr: peak learning rate.
-        weight_decay: decay per step, times the learning rate; matrices only.
+        weight_decay: decay per step, times the learning rate; not of embeddings, norms and vectors.
         decay_follows_lr: whether the decay follows the schedule of the learning rate, or stays at the peak's.
         cautious: whether elements of a step that point against the gradient are left out.
         cautious_decay: whether only weights decay that the step moves towards zero.
