@@ -8,77 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
 from hasten.duration import Duration
-from hasten.errors import RecipeError
-from hasten.recipe.fields import Choices, Count, Sources, Span, SpanOrNone, Text
+from hasten.recipe.fields import Choices, Count, Span
 
 if TYPE_CHECKING:
     from hasten.clip import ClipBoth, ClipNorm, ClipValue, NoClip
-    from hasten.data.corpus import CorpusSpec
-    from hasten.data.lengths import ConstantLength
     from hasten.model import ModelConfig
-    from hasten.schedules import Schedule
-
-
-class DataChoices(Choices):
-    """Which text is trained on, which is held out, and how both become tokens.
-
-    Args:
-        train: sources of the training text: a built-in corpus, a file, a folder, a glob or ``-``; or a list of them.
-        val: sources of the held-out text; without them a share of the documents is held out.
-        val_share: that share, above 0 and at most 0.5.
-        text_key: the key that holds the text of a JSON record or a parquet row.
-        separator: text between the documents of one large file.
-        tokenizer: ``bpe`` (trained on the corpus), ``bytes``, or the path of a `tokenizer.json` or its folder.
-        vocab_size: of a ``bpe`` tokenizer, at least 257.
-        document_mask: whether a token sees only its own document.
-    """
-
-    train: Sources = "python"
-    val: Sources | None = None
-    val_share: Annotated[float, Field(ge=0.0, le=0.5)] = 0.05
-    text_key: Text = "text"
-    separator: Text | None = None
-    tokenizer: Text = "bpe"
-    vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 4096
-    document_mask: bool = True
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        default = type(self).model_fields
-        if self.val is None and self.val_share == 0:
-            raise ValueError("data.val_share=0 holds nothing out: give data.val=FILE, or a share above 0.")
-        if self.val is not None and self.val_share not in (0, default["val_share"].default):
-            raise ValueError(
-                f"data.val_share={self.val_share:g} has no effect beside data.val={self.val!r}: leave one of them out."
-            )
-        if both := sorted(set(_listed(self.train)) & set(_listed(self.val))):
-            raise ValueError(f"data.val={both[0]!r} is also trained on: hold out other text, or leave data.val out.")
-        if self.tokenizer != "bpe" and self.vocab_size != default["vocab_size"].default:
-            raise ValueError(
-                f"data.vocab_size={self.vocab_size} has no effect with data.tokenizer={self.tokenizer!r}, "
-                "whose vocabulary is its own: leave data.vocab_size out."
-            )
-        return self
-
-    def build(self) -> CorpusSpec:
-        """Return what `hasten.data.corpus.open_corpus` opens."""
-        from hasten.data.corpus import CorpusSpec
-
-        return CorpusSpec(
-            train=_listed(self.train),
-            val=_listed(self.val),
-            val_share=self.val_share,
-            text_key=self.text_key,
-            separator=self.separator,
-        )
-
-
-def _listed(sources: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if sources is None else (sources,) if isinstance(sources, str) else sources
 
 
 class ModelChoices(Choices):
@@ -109,147 +46,6 @@ class ModelChoices(Choices):
 
         sizes = self.model_dump(exclude={"name"}, exclude_none=True)
         return preset(self.name, vocab_size=vocab_size, seq_len=seq_len, **sizes)
-
-
-class ConstantLengths(Choices):
-    """Rows of one length throughout.
-
-    Args:
-        seq_len: tokens of a row, at least 2.
-    """
-
-    name: Literal["constant"] = "constant"
-    seq_len: Annotated[int, Field(ge=2, le=2**24)] = 256
-
-    def build(self) -> ConstantLength:
-        """Return the schedule of row lengths."""
-        from hasten.data.lengths import ConstantLength
-
-        return ConstantLength(self.seq_len)
-
-
-class BatchChoices(Choices):
-    """How much text an optimizer step reads.
-
-    Args:
-        tokens: of one optimizer step; the step takes as many whole rows as fit.
-        micro_rows: rows that pass through the model at once; found from the memory when it is not given. It
-            changes speed and memory, never the sum that a step follows.
-    """
-
-    tokens: Count = 2048
-    micro_rows: Count | None = None
-
-
-class WarmupChoices(Choices):
-    """A warm-up before anything else; the base of every schedule's table.
-
-    Args:
-        warmup: a duration; 0 for none.
-        warmup_start: factor of the peak that the first step begins at, in [0, 1].
-    """
-
-    warmup: SpanOrNone = Duration.parse("2%")
-    warmup_start: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-
-    def build(
-        self,
-        *,
-        total_steps: int,
-        tokens_per_step: int,
-        steps_per_epoch: float | None = None,
-        seconds: float | None = None,
-    ) -> Schedule:
-        """Return the schedule of a run of `total_steps`.
-
-        Args:
-            total_steps: optimizer steps of the whole run.
-            tokens_per_step: rows times row length of a step.
-            steps_per_epoch: steps of one pass over the data; needed where the warm-up is given in epochs.
-            seconds: the run's wall-clock budget; needed where the warm-up is given in seconds.
-
-        Raises:
-            RecipeError: the warm-up takes the whole run, or cannot be converted.
-        """
-        from hasten.schedules import warmup
-
-        share = self.warmup_share(
-            total_steps=total_steps, tokens_per_step=tokens_per_step, steps_per_epoch=steps_per_epoch, seconds=seconds
-        )
-        if share >= 1:
-            raise RecipeError(
-                f"schedule.warmup={self.warmup} is as long as the run of {total_steps} steps: shorten it, or give "
-                "a larger budget."
-            )
-        rest = self._rest()
-        return warmup(share, start=self.warmup_start) | rest if share > 0 else rest
-
-    def warmup_share(
-        self,
-        *,
-        total_steps: int,
-        tokens_per_step: int,
-        steps_per_epoch: float | None = None,
-        seconds: float | None = None,
-    ) -> float:
-        """Return the share of the run that the warm-up takes; the arguments and errors are those of `build`."""
-        warmup = self.warmup
-        if warmup.value == 0:
-            return 0.0
-        if warmup.unit == "share":
-            return warmup.value
-        if warmup.unit == "seconds":
-            if not seconds:
-                raise RecipeError(
-                    f"schedule.warmup={warmup} is a time, but the budget is not: give it in steps, tokens or percent."
-                )
-            return warmup.value / seconds
-        steps = {
-            "steps": warmup.value,
-            "tokens": warmup.value / tokens_per_step,
-            "epochs": warmup.value * (steps_per_epoch or 0.0),
-        }[warmup.unit]
-        return steps / total_steps
-
-    def _rest(self) -> Schedule:
-        from hasten.schedules import SCHEDULES
-
-        settings = self.model_dump(exclude={"name", "warmup", "warmup_start"})
-        return SCHEDULES[getattr(self, "name")](**settings)  # noqa: B009
-
-
-class DecayChoices(WarmupChoices):
-    """A decay after the warm-up.
-
-    Args:
-        floor: factor of the peak that the last step ends at, in [0, 1].
-    """
-
-    floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-
-
-class CosineChoices(DecayChoices):
-    """Half a cosine from the peak to the floor."""
-
-    name: Literal["cosine"] = "cosine"
-
-
-class LinearChoices(DecayChoices):
-    """A straight line from the peak to the floor."""
-
-    name: Literal["linear"] = "linear"
-
-
-class SqrtChoices(DecayChoices):
-    """Square-root decay: ``floor + (1 - floor) * (1 - sqrt(x))``."""
-
-    name: Literal["sqrt"] = "sqrt"
-
-
-class ConstantChoices(WarmupChoices):
-    """The peak throughout."""
-
-    name: Literal["constant"] = "constant"
 
 
 class NoClipChoices(Choices):
@@ -347,10 +143,6 @@ class CheckpointChoices(Choices):
     keep: Count = 2
 
 
-Schedules = Annotated[
-    CosineChoices | LinearChoices | SqrtChoices | ConstantChoices,
-    Field(discriminator="name"),
-]
 Clips = Annotated[
     ClipNormChoices | ClipValueChoices | ClipBothChoices | NoClipChoices,
     Field(discriminator="name"),

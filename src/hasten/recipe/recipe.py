@@ -18,21 +18,19 @@ from hasten.duration import Duration
 from hasten.errors import RecipeError, nearest, printable
 from hasten.recipe import names
 from hasten.recipe.choices import (
-    BatchChoices,
     CheckpointChoices,
     ClipNormChoices,
     Clips,
-    ConstantLengths,
-    CosineChoices,
-    DataChoices,
     EvaluateChoices,
     ModelChoices,
     PrecisionChoices,
-    Schedules,
 )
+from hasten.recipe.data import DataChoices
 from hasten.recipe.fields import Choices, Span, Text
+from hasten.recipe.lengths import BatchChoices, ConstantLengths
 from hasten.recipe.names import Given
 from hasten.recipe.optimizers import AdamWChoices, Optimizers
+from hasten.recipe.schedules import CosineChoices, Schedules
 from hasten.recipe.schema import Expected, Schema
 from hasten.recipe.settings import combine, read_mapping, read_overrides, read_toml, sentence
 
@@ -44,7 +42,7 @@ class Recipe(Choices):
 
     Args:
         data, model, lengths, batch, optimizer, schedule, clip, precision, evaluate, checkpoint: tables, each
-            described at its class in `hasten.recipe.choices` or `hasten.recipe.optimizers`.
+            described at its class in `hasten.recipe.choices`, or in the file of its name.
         compile: whether the forward pass is compiled; ``auto`` where a compiler exists and the run pays for it.
         budget: when the run ends: steps, tokens, epochs or wall-clock time.
         target_loss: held-out loss (nats per token) at which the run ends early.
