@@ -62,7 +62,7 @@ def main() -> None:
     data = prepare_for(recipe)
     total = 100_000
     ours, peer = start(recipe, data), start(recipe, data)
-    ready = [peer.batches.take(i * peer.batches.rows_per_step) for i in range(64)]
+    ready = [peer.batches.take((i * peer.batch_sizes.rows,), rows=peer.batch_sizes.rows)[0] for i in range(64)]
     with tempfile.TemporaryDirectory() as folder:
         record = Record(RunFolder(Path(folder)), 1)
 

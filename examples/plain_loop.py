@@ -1,4 +1,4 @@
-"""hasten's parts in a loop of your own: batches, groups, schedule, clipping. Runs in seconds on a CPU."""
+"""hasten's parts in a loop of your own: growing rows, groups, schedule, clipping. Runs in seconds on a CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 
 from hasten import optimizer
 from hasten.clip import ClipNorm
-from hasten.data.batches import PackedBatches
+from hasten.data import PackedBatches
 from hasten.data.corpus import CorpusSpec
+from hasten.data.lengths import LengthSchedule
 from hasten.data.preparation import prepare
 from hasten.model import Decoder, loss_sum, preset
 from hasten.schedules import as_lr_scheduler, cosine, warmup
@@ -26,7 +27,8 @@ def main() -> None:
         text = Path(folder) / "text.txt"
         text.write_text(Path(textwrap.__file__).read_text(encoding="utf-8"), encoding="utf-8")
         data = prepare(CorpusSpec(train=(str(text),)), tokenizer="bytes", cache=Path(folder) / "cache")
-        batches = PackedBatches(data.train, seq_len=64, rows_per_step=8, micro_rows=8, seed=0)
+        lengths = LengthSchedule(64, (16, 32, 64), growth="linear", share=0.5)
+        batches = PackedBatches(data.train, seq_len=64, batch_tokens=512, lengths=lengths, total_steps=STEPS)
 
         model = Decoder(preset("nano", vocab_size=data.vocab_size, seq_len=64, num_layers=2), seed=0)
         opt = optimizer(model, "adamw", lr=5e-3, weight_decay=0.1)
@@ -34,8 +36,9 @@ def main() -> None:
         clip = ClipNorm(1.0)
 
         losses = []
-        for (batch,), _ in zip(batches, range(STEPS), strict=False):
-            loss = loss_sum(model, batch.tokens_BT, batch.labels_BT, batch.document_ids_BT) / batch.num_targets
+        for batch in batches:
+            num_targets = (batch["labels"] != -100).sum()
+            loss = loss_sum(model, batch["input_ids"], batch["labels"], batch["document_ids"]) / num_targets
             loss.backward()
             clip(list(model.parameters()))
             opt.step()

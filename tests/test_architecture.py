@@ -27,7 +27,7 @@ LAYERS = (
     {"recipe"},
     {"checks", "evaluation", "generation", "exports", "checkpoint", "record", "guard", "pacing"},
     {"loop"},
-    {"report"},
+    {"report", "planning"},
     {"cli"},
     {"__init__", "__main__"},
 )

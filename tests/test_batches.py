@@ -10,12 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_documents import Places
 from test_packing import stored
 from test_shards import DOCUMENT, some_documents, write
 
-from hasten.data.batches import Batch, PackedBatches
+from hasten.data.batches import Batch, Batches, Buffers, Draw, PackedBatches, RowSource
+from hasten.data.rows import ChunkedRows
 from hasten.data.shards import PreparedData, TokenShards
-from hasten.errors import DataError
+from hasten.data.windows import Pack, Windows
+from hasten.errors import DataError, RecipeError
 
 
 def batches(shards: TokenShards, **changed) -> PackedBatches:
@@ -190,3 +193,162 @@ def test_iterating_moves_the_state_by_whole_steps(shards):
     first = next(iter(source))
     assert source.state_dict() == {"row": 4}
     assert same(first, batches(shards).take(0))
+
+
+# --- batches of any source ------------------------------------------------------------------------------------------
+
+
+def places(lengths=(30, 2, 9, 44, 7, 1, 0, 63, 5), *, seq_len: int = 16, **changed) -> Batches:
+    """Return batches whose tokens are places in the stream."""
+    rows = Windows(Places(lengths, 99), Pack("best_fit", (seq_len,))).rows()
+    return Batches(RowSource(rows, seed=0), **{"seq_len": seq_len, "micro_rows": 2, **changed})
+
+
+def tokens_of(step: list[Batch]) -> list[int]:
+    return [token for batch in step for token in batch.tokens_BT.flatten().tolist()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("micro_rows", [1, 2, 100])
+def test_ranks_share_a_step_in_slices_that_differ_by_a_row_at_most(world_size, micro_rows):
+    whole, position = places().take((3,), rows=7)
+    shares = [
+        places(rank=rank, world_size=world_size, micro_rows=micro_rows).take((3,), rows=7) for rank in range(world_size)
+    ]
+    assert [token for step, _ in shares for token in tokens_of(step)] == tokens_of(whole)
+    assert {after for _, after in shares} == {position} == {(10,)}
+    sizes = [sum(len(batch.tokens_BT) for batch in step) for step, _ in shares]
+    assert sum(sizes) == 7
+    assert max(sizes) - min(sizes) <= 1
+    assert all(len(batch.tokens_BT) <= micro_rows for step, _ in shares for batch in step)
+    assert sum(batch.num_targets for step, _ in shares for batch in step) == sum(b.num_targets for b in whole)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_rank_that_is_none_is_refused(rank, world_size):
+    with pytest.raises(RecipeError, match="ranks count from 0"):
+        places(rank=rank, world_size=world_size)
+
+
+def test_a_step_with_fewer_rows_than_ranks_is_refused():
+    with pytest.raises(RecipeError, match="leaves some of 3 ranks without any"):
+        places(world_size=3).take((0,), rows=2)
+    assert len(places(world_size=3).take((0,), rows=3)[0]) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([1, 2, 4, 8, 16]), min_size=1, max_size=8),
+    rows=st.integers(1, 5),
+    micro_rows=st.integers(1, 3),
+)
+def test_the_tokens_and_their_order_are_the_same_under_every_schedule_of_lengths(lengths, rows, micro_rows):
+    position = expected_position = (0,)
+    for length in lengths:
+        step, position = places(micro_rows=micro_rows).take(position, rows=rows, length=length)
+        expected, expected_position = places(micro_rows=micro_rows).take(expected_position, rows=rows)
+        assert position == expected_position
+        assert [batch.tokens_BT.shape[1] for batch in step] == [length] * len(step)
+        for name in ("tokens_BT", "labels_BT", "document_ids_BT"):
+            viewed = [value for batch in step for value in getattr(batch, name).flatten().tolist()]
+            assert viewed == [value for batch in expected for value in getattr(batch, name).flatten().tolist()]
+        assert [batch.num_targets for batch in step] == [batch.num_targets for batch in expected]
+
+
+@pytest.mark.parametrize("length", [-1, 3, 5, 12, 32])
+def test_lengths_that_do_not_divide_a_row_are_refused(length):
+    with pytest.raises(RecipeError, match=f"Rows of {length} tokens cannot be cut from rows of seq_len=16"):
+        places().take((0,), rows=2, length=length)
+
+
+@pytest.mark.parametrize("length", [16, 8, 2])
+def test_positions_begin_again_with_every_document_and_every_row(length):
+    for batch in places().take((0,), rows=9, length=length)[0]:
+        for tokens, labels, ids, got in zip(
+            batch.tokens_BT.tolist(),
+            batch.labels_BT.tolist(),
+            batch.document_ids_BT.tolist(),
+            batch.positions_BT.tolist(),
+        ):
+            expected = []
+            for place in range(length):
+                goes_on = place and ids[place] == ids[place - 1]
+                expected.append(expected[-1] + 1 if goes_on else 0)
+                if goes_on and labels[place] != -100:
+                    assert tokens[place] == tokens[place - 1] + 1
+            assert got == expected
+
+
+def test_without_a_document_mask_positions_run_through_the_row():
+    batch = places(document_mask=False).take((0,), rows=2)[0][0]
+    assert batch.document_ids_BT is None
+    assert batch.positions_BT.tolist() == [list(range(16))] * 2
+    assert batch.viewed(8).positions_BT.tolist() == [list(range(8))] * 4
+
+
+class TwoParts:
+    """A source with two parts that are fewer rows than were asked for, in rows of half the length."""
+
+    begin = (0,)
+
+    def __init__(self, rows: ChunkedRows) -> None:
+        self.rows = rows
+
+    def draw(self, position, *, rows, length):
+        return Draw(length, ((self.rows, np.array([4, 0])), (self.rows, np.array([2]))), (position[0] + 1,))
+
+    def epochs(self, position):
+        return 0.0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_what_a_source_cannot_give_is_padding_without_targets(world_size):
+    rows = ChunkedRows(Places([40], 99), 8)
+    shares = [
+        Batches(TwoParts(rows), seq_len=16, micro_rows=1, rank=rank, world_size=world_size).take((0,), rows=3, length=4)
+        for rank in range(world_size)
+    ]
+    batches = [batch for step, _ in shares for batch in step]
+    assert [batch.tokens_BT.shape for batch in batches] == [(4, 4)] * 3
+    tokens = [token for batch in batches for token in batch.tokens_BT.flatten().tolist()]
+    assert tokens == [32, 33, 34, 35, 36, 37, 38, 99, *range(8), *range(16, 24), *[99] * 24]
+    labels = [label for batch in batches for label in batch.labels_BT.flatten().tolist()]
+    assert [label - token for label, token in zip(labels, tokens)].count(1) == 23
+    assert labels.count(-100) == 25
+    assert [batch.num_targets for batch in batches] == [15, 8, 0]
+
+
+def test_skipped_steps_are_where_reading_them_would_have_led():
+    batches = places()
+    _, position = batches.take((5,), rows=3)
+    _, position = batches.take(position, rows=3)
+    skipped = batches.skip((5,), rows=3, steps=2)
+    assert (skipped.position, skipped.tokens) == (position, 2 * 3 * 16)
+    assert batches.skip((5,), rows=3, steps=0).position == (5,)
+
+
+def test_steps_run_across_the_ends_of_epochs_and_each_epoch_has_every_token_once():
+    batches = places()
+    num_rows = batches.source.rows.num_rows
+    seen = Counter()
+    for row in range(0, 3 * num_rows, 3):
+        step, after = batches.take((row,), rows=3)
+        seen.update(t for b in step for t in b.tokens_BT[b.labels_BT != -100].tolist())
+    assert set(seen.values()) == {3}
+    assert sorted(seen) == list(range(160))
+    assert batches.source.epochs(after) == 3.0
+
+
+def test_memory_given_is_written_to_and_otherwise_fresh():
+    batches, memory = places(), Buffers(document_mask=True)
+    first, _ = batches.take((0,), rows=2, into=memory)
+    kept = first[0].tokens_BT.clone()
+    second, _ = batches.take((2,), rows=2, into=memory)
+    assert torch.equal(first[0].tokens_BT, second[0].tokens_BT)
+    assert not torch.equal(kept, second[0].tokens_BT)
+    fresh, _ = batches.take((2,), rows=2)
+    assert torch.equal(fresh[0].tokens_BT, second[0].tokens_BT)
+    batches.take((0,), rows=2)
+    assert torch.equal(fresh[0].tokens_BT, second[0].tokens_BT)
+    larger, _ = batches.take((0,), rows=6, into=memory)
+    assert tokens_of(larger) == tokens_of(batches.take((0,), rows=6)[0])

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from hasten.checks import (
-    EXPORT_BYTES,
-    WEIGHT_BYTES,
     Facts,
     Machine,
     check,
@@ -19,6 +17,7 @@ from hasten.checks import (
     free_bytes,
     this_machine,
 )
+from hasten.checks.run import EXPORT_BYTES, WEIGHT_BYTES
 from hasten.recipe import Recipe, resolve
 
 BASE = """
@@ -174,3 +173,52 @@ def test_messages_are_one_sentence():
 def test_an_optimizer_that_costs_much_beside_the_batch_is_told():
     said = told(recipe_of(), optimizer_warnings=("muon computes 2 GFLOP a step; a larger batch makes it cheaper.",))
     assert said == "warning: Muon computes 2 GFLOP a step; a larger batch makes it cheaper."
+
+
+LONG = ("lengths=linear", "lengths.start=25")  # 25, 50 and 100
+
+
+@pytest.mark.parametrize(
+    ("over", "steps", "level", "said"),
+    [
+        ("60%", 1000, None, ""),
+        ("100%", 1000, "error", "the whole run, so the model never sees its full length of 100 tokens"),
+        ("1000", 1000, "error", "the whole run"),
+        ("999", 1000, "warning", "leaves only 0% of the run"),
+        ("95%", 1000, "warning", "leaves only 5% of the run at the full length"),
+        ("90%", 1000, None, ""),
+        ("1", 1000, "warning", "less than two steps, so lengths=linear changes nothing"),
+        ("2", 1000, None, ""),
+    ],
+)
+def test_a_growth_that_ends_too_late_or_does_nothing_is_told(over, steps, level, said):
+    found = check_horizon(recipe_of(*LONG, f"lengths.over={over}"), replace(GOOD, total_steps=steps, width=8))
+    assert [finding.level for finding in found] == ([level] if level else [])
+    assert all(said in finding.message for finding in found)
+
+
+def test_a_length_that_is_never_reached_is_told():
+    recipe = recipe_of(*LONG, "lengths.sizes=[10, 20, 50, 100]", "lengths.over=2")
+    assert "never reaches rows of 20 tokens in 1000 steps" in check_horizon(recipe, GOOD)[0].message
+
+
+def test_a_growth_that_cannot_save_work_is_told():
+    found = check_horizon(recipe_of(*LONG), replace(GOOD, width=2000))
+    assert [finding.message for finding in found] == [
+        "At lengths.seq_len=100 and a width of 2000, attention is only about 0% of the work, so lengths=linear cannot "
+        "save more than that: expect a gain from longer rows."
+    ]
+
+
+def test_a_window_schedule_is_told_to_save_nothing_on_a_cpu():
+    recipe = recipe_of("lengths=window", "lengths.start=10")
+    assert "saves no time on a CPU" in check_horizon(recipe, GOOD)[0].message
+    assert not check_horizon(recipe, replace(GOOD, on_cpu=False))
+
+
+@pytest.mark.parametrize(("micro_rows", "is_told"), [(1, False), (5, False), (10, True)])
+def test_a_batch_schedule_that_never_changes_the_step_is_told(micro_rows, is_told):
+    recipe = recipe_of("batch.schedule=stages((0, 0.5), (0.5, 1.0))")
+    found = check_horizon(recipe, replace(GOOD, micro_rows=micro_rows))
+    assert bool(found) == is_told
+    assert all("batch.schedule never changes the step: it always has 10 rows" in f.message for f in found)

@@ -93,7 +93,7 @@ def test_the_horizon_is_not_the_stop(recipe: Recipe) -> None:
 def test_loss_is_a_mean_over_real_targets_when_the_last_row_is_padded(recipe: Recipe) -> None:
     data = prepare_for(recipe)
     state = start(recipe, data, horizon=10)
-    last = state.batches.num_rows // state.batches.rows_per_step
+    last = int(state.steps_per_epoch)
     seen: list[Event] = []
     advance(state, min(10, last + 1), hooks=[seen.append])
     assert all(2.0 < event.values["loss"] < 8.0 for event in seen)

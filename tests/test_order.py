@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.data.order import BLOCK_PLACES, EndlessOrder, order_key, permuted
+from hasten.data.order import BLOCK_PLACES, EndlessOrder, WindowOrder, order_key, permuted
 
 
 def test_a_permutation_of_every_size_up_to_2000_is_a_bijection():
@@ -123,3 +123,82 @@ def test_an_order_handed_out_cannot_be_changed():
     order = EndlessOrder(10, seed=0, purpose="rows")
     with pytest.raises(ValueError, match="read-only"):
         order.at(0, 5)[0] = 99
+
+
+# --- windows --------------------------------------------------------------------------------------------------------
+
+sizes_of_windows = st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(any)
+
+
+def window_order(sizes, **changed) -> WindowOrder:
+    return WindowOrder(np.array(sizes), **{"seed": 0, "purpose": "rows", "group": 3, **changed})
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=sizes_of_windows, group=st.integers(1, 30), epoch=st.integers(0, 9), seed=st.integers(0, 2**64))
+def test_every_epoch_of_windows_holds_every_number_once(sizes, group, epoch, seed):
+    order = window_order(sizes, group=group, seed=seed)
+    total = sum(sizes)
+    assert np.sort(order.at(epoch * total, total)).tolist() == list(range(total))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=sizes_of_windows, group=st.integers(1, 9), cuts=st.lists(st.integers(0, 60), max_size=9))
+def test_windows_come_the_same_however_they_are_asked_for(sizes, group, cuts):
+    whole = window_order(sizes, group=group).at(7, sum(cuts))
+    order, parts, place = window_order(sizes, group=group), [], 7
+    for count in cuts:
+        parts += order.at(place, count).tolist()
+        place += count
+    assert whole.tolist() == parts
+    assert [window_order(sizes, group=group).at(place - 1, 1).item()] == whole.tolist()[-1:] or not whole.size
+
+
+def test_no_more_windows_than_a_group_are_mixed_and_each_comes_once():
+    sizes = np.arange(1, 24)
+    order = window_order(sizes, group=4)
+    windows = np.repeat(np.arange(23), sizes)[order.at(0, int(sizes.sum()))]
+    groups = []
+    while len(windows):
+        here = set(windows[:1].tolist())
+        while len(here) < 4 and len(here) < len(set(windows.tolist())):
+            here = set(windows[: np.flatnonzero(~np.isin(windows, list(here)))[0] + 1].tolist())
+        size = int(sizes[list(here)].sum())
+        assert set(windows[:size].tolist()) == here
+        groups.append(here)
+        windows = windows[size:]
+    assert [len(here) for here in groups] == [4, 4, 4, 4, 4, 3]
+    assert set().union(*groups) == set(range(23))
+
+
+def test_a_group_is_mixed_through_and_beyond_a_block():
+    order = window_order([BLOCK_PLACES, BLOCK_PLACES // 2], group=2)
+    total = 3 * BLOCK_PLACES // 2
+    numbers = order.at(0, total)
+    assert np.sort(numbers).tolist() == list(range(total))
+    firsts, lasts = numbers[:1000], numbers[-1000:]
+    assert abs((firsts < BLOCK_PLACES).mean() - 2 / 3) < 0.06
+    assert abs((lasts < BLOCK_PLACES).mean() - 2 / 3) < 0.06
+
+
+def test_windows_of_other_epochs_seeds_and_purposes_have_other_orders():
+    sizes = [50] * 40
+    first = window_order(sizes).at(0, 2000)
+    others = [
+        window_order(sizes).at(2000, 2000),
+        window_order(sizes, seed=1).at(0, 2000),
+        window_order(sizes, purpose="other").at(0, 2000),
+    ]
+    for other in others:
+        assert (first == other).mean() < 0.01
+
+
+def test_an_order_of_a_trillion_rows_takes_the_memory_of_its_windows():
+    order = window_order(np.full(20_000, 50_000_000), group=8)
+    tracemalloc.start()
+    numbers = order.at(10**12 // 3, 1000)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+    assert len(set((numbers // 50_000_000).tolist())) == 8
+    with pytest.raises(ValueError, match="read-only"):
+        order.at(10**12 // 3, 5)[0] = 99

@@ -18,49 +18,49 @@ def observed(budget: float, seconds_of_steps: list[float]) -> Pace:
 
 
 def test_no_speed_before_two_observations():
-    assert Pace(60.0).seconds_per_step is None
-    assert observed(60.0, [1.0]).seconds_per_step is None
-    assert observed(60.0, [1.0, 2.0]).seconds_per_step == 2.0
+    assert Pace(60.0).seconds_per_work is None
+    assert observed(60.0, [1.0]).seconds_per_work is None
+    assert observed(60.0, [1.0, 2.0]).seconds_per_work == 2.0
 
 
 def test_no_speed_between_two_observations_of_the_same_step():
     pace = Pace(60.0)
     pace.observe(5, 1.0)
     pace.observe(5, 2.0)
-    assert pace.seconds_per_step is None
+    assert pace.seconds_per_work is None
 
 
 def test_observations_may_be_several_steps_apart():
     pace = Pace(60.0)
     pace.observe(10, 4.0)
     pace.observe(30, 9.0)
-    assert pace.seconds_per_step == 0.25
+    assert pace.seconds_per_work == 0.25
 
 
 def test_the_first_step_is_never_part_of_the_speed():
-    assert observed(60.0, [30.0, 0.5, 0.5, 0.5]).seconds_per_step == 0.5
+    assert observed(60.0, [30.0, 0.5, 0.5, 0.5]).seconds_per_work == 0.5
 
 
 def test_a_change_of_speed_is_followed_once_the_window_has_passed():
     window_steps = int(WINDOW_SHARE * 1000.0) + 2
     pace = observed(1000.0, [0.25] * 400 + [1.0] * window_steps)
-    assert pace.seconds_per_step == 1.0
+    assert pace.seconds_per_work == 1.0
 
 
 def test_a_change_of_speed_counts_for_its_part_of_the_window_until_then():
     pace = observed(1000.0, [0.25] * 400 + [1.0] * 50)
-    assert 0.25 < pace.seconds_per_step < 1.0
+    assert 0.25 < pace.seconds_per_work < 1.0
 
 
 def test_steps_longer_than_the_window_are_still_averaged_over_twelve():
     pace = observed(10.0, [50.0] * 20 + [100.0] * 11)
-    assert pace.seconds_per_step == 100.0
-    assert observed(10.0, [50.0] * 20 + [100.0] * 10).seconds_per_step == pytest.approx((50 + 10 * 100) / 11)
+    assert pace.seconds_per_work == 100.0
+    assert observed(10.0, [50.0] * 20 + [100.0] * 10).seconds_per_work == pytest.approx((50 + 10 * 100) / 11)
 
 
 def test_memory_stays_bounded_by_the_window():
     pace = observed(100.0, [1.0] * 5000)
-    assert len(pace._steps) <= WINDOW_SHARE * 100 + 2
+    assert len(pace._seen) <= WINDOW_SHARE * 100 + 2
 
 
 @pytest.mark.parametrize(

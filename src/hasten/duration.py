@@ -148,6 +148,44 @@ class Duration:
         # A product that misses a whole number by rounding alone (7 % of 100) is that number.
         return round(steps) if math.isclose(steps, round(steps), rel_tol=1e-12) else math.ceil(steps)
 
+    def share_of_run(
+        self,
+        what: str,
+        *,
+        total_steps: int,
+        tokens_per_step: float,
+        steps_per_epoch: float | None = None,
+        seconds: float | None = None,
+    ) -> float:
+        """Return the share of a run that this span takes; above 1 where it is longer than the run.
+
+        Args:
+            what: the setting it belongs to, for messages.
+            total_steps: optimizer steps of the run, at least 1.
+            tokens_per_step: tokens of an optimizer step.
+            steps_per_epoch: steps of one pass over the data; needed for epochs.
+            seconds: the run's wall-clock budget; needed for a time.
+
+        Raises:
+            RecipeError: a time in a run without a wall-clock budget, or epochs of data of unknown length.
+
+        Example:
+            >>> Duration.parse("20").share_of_run("schedule.warmup", total_steps=100, tokens_per_step=8192)
+            0.2
+        """
+        if self.value == 0 or self.unit == "share":
+            return self.value
+        if self.unit == "seconds":
+            if not seconds:
+                raise RecipeError(
+                    f"{what}={self} is a time, but the budget is not: give it in steps, tokens or percent."
+                )
+            return self.value / seconds
+        if self.unit == "epochs" and steps_per_epoch is None:
+            raise RecipeError(f"{what}={self} of data of unknown length is no share of a run: give steps or percent.")
+        steps = {"steps": 1.0, "tokens": 1.0 / tokens_per_step, "epochs": steps_per_epoch}[self.unit] * self.value
+        return steps / total_steps
+
 
 def _plain(number: Decimal) -> str:
     return f"{number.normalize():f}" if number.is_finite() else str(number)

@@ -18,27 +18,29 @@ WINDOW_SHARE = 0.15
 
 @dataclass
 class Pace:
-    """The recent speed of training, in seconds per step, over a sliding window.
+    """The recent speed of training, in seconds per unit of work, over a sliding window.
+
+    Work is counted in steps of full size; a step of shorter or fewer rows is less than one.
 
     Args:
         budget: seconds the run may take; the window is `WINDOW_SHARE` of it.
     """
 
     budget: float
-    _steps: deque[tuple[int, float]] = field(default_factory=deque)
+    _seen: deque[tuple[float, float]] = field(default_factory=deque)
 
-    def observe(self, step: int, train_seconds: float) -> None:
-        """Note that `step` steps took `train_seconds` of training in all (evaluation and saving apart)."""
-        self._steps.append((step, train_seconds))
-        while len(self._steps) > 12 and train_seconds - self._steps[0][1] > WINDOW_SHARE * self.budget:
-            self._steps.popleft()
+    def observe(self, work: float, train_seconds: float) -> None:
+        """Note that `work` took `train_seconds` of training in all (evaluation and saving apart)."""
+        self._seen.append((work, train_seconds))
+        while len(self._seen) > 12 and train_seconds - self._seen[0][1] > WINDOW_SHARE * self.budget:
+            self._seen.popleft()
 
     @property
-    def seconds_per_step(self) -> float | None:
-        """Seconds per step over the window; None before two observations."""
-        if len(self._steps) < 2:
+    def seconds_per_work(self) -> float | None:
+        """Seconds per unit of work over the window; None before two observations."""
+        if len(self._seen) < 2:
             return None
-        (first, began), (last, now) = self._steps[0], self._steps[-1]
+        (first, began), (last, now) = self._seen[0], self._seen[-1]
         return (now - began) / (last - first) if last > first else None
 
 

@@ -215,12 +215,19 @@ def describe_model(state: Any) -> str:
 
 
 def describe_batch(state: Any) -> str:
-    """Return a line on the batch: tokens, rows, micro-batches, steps in an epoch."""
-    batches = state.batches
-    micro = batches.rows_per_step // batches.micro_rows
+    """Return a line on the batch: tokens, rows, micro-batches, steps in an epoch, and what grows."""
+    sizes, lengths = state.batch_sizes, state.recipe.lengths
+    micro = sizes.rows // sizes.micro_rows
+    grows = ""
+    if lengths.name == "window":
+        grows = f"; attention looks {lengths.start} tokens back, and further over {lengths.over}"
+    elif lengths.name != "constant":
+        grows = f"; rows grow from {lengths.row_lengths[0]} tokens over {lengths.over}"
+    if sizes.growth is not None:
+        grows += f"; steps have {count(sizes(0.0) * lengths.seq_len)} tokens at first"
     return (
-        f"{count(state.tokens_per_step)} tokens a step: {batches.rows_per_step} rows of {state.recipe.lengths.seq_len}"
-        f"{f' in {micro} micro-batches' if micro > 1 else ''}; an epoch is {batches.steps_per_epoch:,.0f} steps"
+        f"{count(sizes.rows * lengths.seq_len)} tokens a step: {sizes.rows} rows of {lengths.seq_len}"
+        f"{f' in {micro} micro-batches' if micro > 1 else ''}; an epoch is {state.steps_per_epoch:,.0f} steps{grows}"
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +21,13 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve, prepare and check; print; train nothing.")
     ] = False,
+    branch: Annotated[
+        Path | None,
+        typer.Option("--branch", metavar="RUN", help="Begin at a checkpoint of this run and cool it down."),
+    ] = None,
+    at: Annotated[
+        int | None, typer.Option("--at", metavar="STEP", help="Which checkpoint to branch from.", show_default="newest")
+    ] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Do not write report.html at the end.")] = False,
 ) -> int:
     """Train a model on text. The same command resumes a run that was stopped.
@@ -29,14 +37,19 @@ def train(
     hasten train data=my.txt budget=15min              your own text
     hasten train data=books/ val=test.txt model=micro lr=2e-3 out=runs/books
     hasten train recipe.toml seed=1                    a recipe, with one thing changed
+    hasten train --branch runs/a                       a usable model from a run at a constant rate
+    hasten train --branch runs/a --at 2000 budget=400 schedule=linear
     """
     from hasten.cli import DIVERGED, DONE, INTERRUPTED, TERMINATED
     from hasten.cli.display import Display
+    from hasten.errors import RecipeError
     from hasten.loop import train as run
     from hasten.recipe import resolve
 
     source, settings = split_arguments(arguments or [])
-    resolved = resolve(source, settings)
+    resolved = resolve(source, settings) if branch is None else _branched(branch, at, source, settings)
+    if branch is None and at is not None:
+        raise RecipeError(f"--at {at} says which checkpoint to branch from: give --branch RUN too.")
     command = shlex.join(["hasten", *sys.argv[1:]])
     with Display() as display:
         for note in resolved.notes:
@@ -55,6 +68,16 @@ def train(
         page = write_report([result.folder])
     display.finished(result, page)
     return DIVERGED if result.status == "diverged" else DONE
+
+
+def _branched(run: Path, step: int | None, source: str | None, settings: list[str]) -> Any:
+    """Return the recipe of a branch, which comes from the run that it is of."""
+    from hasten.errors import RecipeError, printable
+    from hasten.loop.branching import branch_recipe
+
+    if source is not None:
+        raise RecipeError(f"--branch takes the recipe of {printable(str(run))}: leave {printable(source)!r} out.")
+    return branch_recipe(run, step=step, overrides=settings)
 
 
 def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:

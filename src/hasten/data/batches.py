@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hasten.data.order import EndlessOrder
-from hasten.data.packing import ChunkedRows, Rows
+from hasten.data.packing import ChunkedRows
+from hasten.data.rows import NO_TARGET, Rows
 from hasten.data.shards import TokenShards
-from hasten.errors import DataError
+from hasten.errors import DataError, RecipeError
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,27 @@ class Batch:
             tokens_BT=self.tokens_BT.to(device, non_blocking=True),
             labels_BT=self.labels_BT.to(device, non_blocking=True),
             document_ids_BT=None if ids is None else ids.to(device, non_blocking=True),
+        )
+
+    @property
+    def positions_BT(self) -> Tensor:
+        """Each token's place in its document, int64: it begins again with every document and with every row."""
+        places_T = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device)
+        ids = self.document_ids_BT
+        if ids is None:
+            return places_T.repeat(len(self.tokens_BT), 1)
+        begins_BT = torch.zeros_like(self.tokens_BT)
+        begins_BT[:, 1:] = torch.where(ids[:, 1:] != ids[:, :-1], places_T[1:], 0)
+        return places_T - begins_BT.cummax(dim=1).values
+
+    def viewed(self, length: int) -> Batch:
+        """Return the same tokens in the same order as rows of `length`, which divides the rows' length: no copy."""
+        ids = self.document_ids_BT
+        return replace(
+            self,
+            tokens_BT=self.tokens_BT.view(-1, length),
+            labels_BT=self.labels_BT.view(-1, length),
+            document_ids_BT=None if ids is None else ids.view(-1, length),
         )
 
 
@@ -72,7 +95,7 @@ class PackedBatches:
     ) -> None:
         assert rows_per_step >= 1, rows_per_step
         assert micro_rows >= 1, micro_rows
-        self.rows: Rows = ChunkedRows(shards, seq_len)
+        self.rows = ChunkedRows(shards, seq_len)
         self.order = EndlessOrder(self.rows.num_rows, seed=seed, purpose="rows")
         self.seq_len = seq_len
         self.rows_per_step = rows_per_step
@@ -136,3 +159,227 @@ class PackedBatches:
         if type(row) is not int or row < 0:
             raise DataError(f"A position in the data is a row number of at least 0; got {row!r}.")
         self._row = row
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one optimizer step reads.
+
+    Attributes:
+        length: tokens of a row as the model sees it.
+        parts: rows and which of them, in order. All have one `seq_len`, a multiple of `length`; longer ones are viewed
+            as several rows of `length`. At least one part, with no numbers if need be. Fewer tokens than were asked
+            for are made up with padding by `Batches`.
+        position: where the next step begins.
+    """
+
+    length: int
+    parts: tuple[tuple[Rows, np.ndarray], ...]
+    position: tuple[int, ...]
+
+
+class Source(Protocol):
+    """Which rows a step reads; it holds no state.
+
+    Attributes:
+        begin: the position of the first step. A position is a tuple of whole numbers, all that a checkpoint holds.
+        num_rows: rows of full length that hold as many tokens as an epoch.
+    """
+
+    begin: tuple[int, ...]
+    num_rows: float
+
+    def draw(self, position: tuple[int, ...], *, rows: int, length: int) -> Draw:
+        """Return what the step at `position` reads: at most the tokens of `rows` full rows, in rows of `length`.
+
+        A source with rows of several lengths of its own takes `length` for the longest allowed.
+        """
+        ...
+
+    def epochs(self, position: tuple[int, ...]) -> float:
+        """Return how often the data has been read at `position`."""
+        ...
+
+
+class RowSource:
+    """Rows of one length in a shuffled order, forever: every row of an epoch once, then the next epoch.
+
+    The position is one number, the rows read so far. Steps run across the ends of epochs; no row is dropped there.
+    Shorter lengths view the same rows, so the tokens and their order are the same under every schedule of lengths.
+
+    Args:
+        rows: at least one.
+        seed: of the order.
+    """
+
+    begin: tuple[int, ...] = (0,)
+
+    def __init__(self, rows: Rows, *, seed: int) -> None:
+        self.rows = rows
+        self.num_rows: float = rows.num_rows
+        self._order = rows.order(seed)
+
+    def draw(self, position: tuple[int, ...], *, rows: int, length: int) -> Draw:
+        """Return the `rows` rows from `position` on, viewed in rows of `length`, a divisor of the row length."""
+        (row,) = position
+        return Draw(length, ((self.rows, self._order.at(row, rows)),), (row + rows,))
+
+    def after(self, position: tuple[int, ...], rows: int) -> tuple[int, ...]:
+        """Return the position that `rows` rows lead to from `position`."""
+        return (position[0] + rows,)
+
+    def epochs(self, position: tuple[int, ...]) -> float:
+        """Return how often the rows have been read at `position`."""
+        return position[0] / self.rows.num_rows
+
+
+class Batches:
+    """The micro-batches of any optimizer step, for one rank: a pure function of its position.
+
+    All ranks together read what one alone would: a step's rows are shared out in contiguous slices that differ by a
+    row at most. A step has as many tokens whatever the length of its rows; what a source cannot give is padding.
+
+    Args:
+        source: which rows a step reads.
+        seq_len: tokens of a full row.
+        micro_rows: full rows of a micro-batch; the last of a step may have fewer.
+        document_mask: number the documents of each row, so that attention can keep them apart.
+        rank: of this process, below `world_size`.
+        world_size: processes that share a step.
+
+    Raises:
+        RecipeError: a rank that is none.
+
+    Example:
+        >>> from hasten.data.documents import documents_of
+        >>> from hasten.data.rows import ChunkedRows
+        >>> rows = ChunkedRows(documents_of([[5, 6, 7], [8]], document_token=0), seq_len=4)
+        >>> batches = Batches(RowSource(rows, seed=0), seq_len=4, micro_rows=1)
+        >>> step, position = batches.take((0,), rows=2)
+        >>> [batch.tokens_BT.shape for batch in step], position
+        ([torch.Size([1, 4]), torch.Size([1, 4])], (2,))
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        seq_len: int,
+        micro_rows: int,
+        document_mask: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise RecipeError(f"rank={rank} is none of world_size={world_size}: ranks count from 0.")
+        assert min(seq_len, micro_rows) >= 1, (seq_len, micro_rows)
+        self.source, self.seq_len, self.micro_rows = source, seq_len, micro_rows
+        self.document_mask, self.rank, self.world_size = document_mask, rank, world_size
+
+    def take(
+        self, position: tuple[int, ...], *, rows: int, length: int | None = None, into: Buffers | None = None
+    ) -> tuple[list[Batch], tuple[int, ...]]:
+        """Return this rank's micro-batches of the step at `position`, and where the next step begins.
+
+        Fresh tensors at every call, unless `into` is given: a caller may keep or change them. Those of one call share
+        their memory.
+
+        Args:
+            position: the source's `begin`, or what an earlier call returned.
+            rows: of the step, over all ranks, in full rows; at least one for each rank.
+            length: tokens of a row as the model sees it, a divisor of `seq_len`; None for full rows.
+            into: memory to write to.
+
+        Raises:
+            RecipeError: no such a length or number of rows.
+            DataError: a stored block is damaged.
+        """
+        draw = self.draw(position, rows=rows, length=length)
+        return self.fill(draw, *self.share(rows), into=into), draw.position
+
+    def draw(self, position: tuple[int, ...], *, rows: int, length: int | None = None) -> Draw:
+        """Return what the step at `position` reads, over all ranks; no token is read yet."""
+        length = length or self.seq_len
+        if rows < self.world_size:
+            raise RecipeError(f"A step of {rows} rows leaves some of {self.world_size} ranks without any: give more.")
+        draw = self.source.draw(position, rows=rows, length=length)
+        for part, _ in draw.parts:
+            if draw.length < 1 or self.seq_len % part.seq_len or part.seq_len % draw.length:
+                raise RecipeError(
+                    f"Rows of {draw.length} tokens cannot be cut from rows of seq_len={part.seq_len}: give a length "
+                    "that divides it."
+                )
+        return draw
+
+    def share(self, rows: int) -> tuple[int, int]:
+        """Return which of a step's full rows this rank reads: from the first up to the second."""
+        return rows * self.rank // self.world_size, rows * (self.rank + 1) // self.world_size
+
+    def skip(self, position: tuple[int, ...], *, rows: int, length: int | None = None, steps: int = 1) -> Skipped:
+        """Return where a step begins that comes `steps` steps after `position`, and what is left out on the way."""
+        tokens = 0
+        for _ in range(steps):
+            draw = self.draw(position, rows=rows, length=length)
+            tokens += sum(len(numbers) * part.seq_len for part, numbers in draw.parts)
+            position = draw.position
+        return Skipped(position, tokens)
+
+    def fill(self, draw: Draw, first: int, stop: int, *, into: Buffers | None = None) -> list[Batch]:
+        """Return the micro-batches of the full rows `first` up to `stop` of what a step reads."""
+        seq_len = draw.parts[0][0].seq_len
+        assert all(part.seq_len == seq_len for part, _ in draw.parts), "parts of one step have rows of one length"
+        per_row = self.seq_len // seq_len
+        begin, end = first * per_row, stop * per_row
+        tokens_RT, labels_RT, ids_RT = (into or Buffers(self.document_mask)).arrays(end - begin, seq_len)
+        targets_R = np.zeros(end - begin, np.int64)
+        place = 0
+        for part, numbers in draw.parts:
+            low, high = max(place, begin), min(place + len(numbers), end)
+            if low < high:
+                cut = slice(low - begin, high - begin)
+                ids = None if ids_RT is None else ids_RT[cut]
+                targets_R[cut] = part.fill(numbers[low - place : high - place], tokens_RT[cut], labels_RT[cut], ids)
+            place += len(numbers)
+        empty = slice(max(0, place - begin), None)
+        tokens_RT[empty], labels_RT[empty] = draw.parts[0][0].filler, NO_TARGET
+        if ids_RT is not None:
+            ids_RT[empty] = 0
+        size = self.micro_rows * per_row
+        cuts = [slice(row, row + size) for row in range(0, end - begin, size)]
+        return [
+            Batch(
+                torch.from_numpy(tokens_RT[cut]),
+                torch.from_numpy(labels_RT[cut]),
+                None if ids_RT is None else torch.from_numpy(ids_RT[cut]),
+                int(targets_R[cut].sum()),
+            ).viewed(draw.length)
+            for cut in cuts
+        ]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Where to go on after steps were left out, and how many places of their rows nobody reads."""
+
+    position: tuple[int, ...]
+    tokens: int
+
+
+class Buffers:
+    """Memory of one step, written again by the next step that is given it.
+
+    Args:
+        document_mask: whether documents are numbered.
+    """
+
+    def __init__(self, document_mask: bool) -> None:
+        self._dtypes = (np.int64, np.int64, np.int32) if document_mask else (np.int64, np.int64)
+        self._arrays = [np.empty(0, dtype) for dtype in self._dtypes]
+
+    def arrays(self, num_rows: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Return arrays of that shape for tokens, labels and, if they are asked for, document numbers."""
+        size = num_rows * seq_len
+        if len(self._arrays[0]) < size:
+            self._arrays = [np.empty(size, dtype) for dtype in self._dtypes]
+        tokens_RT, labels_RT, *ids = (array[:size].reshape(num_rows, seq_len) for array in self._arrays)
+        return tokens_RT, labels_RT, ids[0] if ids else None

@@ -6,9 +6,10 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 from hasten.data import counts
 from hasten.data.builtin import BUILTIN, builtin_files
@@ -18,7 +19,7 @@ from hasten.data.formats import check_records, fragments, is_one_document
 from hasten.data.sources import SourceFile, find_files
 from hasten.errors import DataError, printable
 
-Split = Literal["train", "val"]
+Split = str  # "train" or "val"; of a corpus whose sources are kept apart "train-0", "train-1", ..., "val"
 
 # Part of every corpus hash: raise it when the same files would give other pieces or another split.
 FORMAT = "hasten-corpus-1"
@@ -37,6 +38,8 @@ class CorpusSpec:
         val_share: that share, between 0 and 1.
         text_key: field (or Parquet column) of records that holds the text.
         separator: in plain text files, what stands between documents; None: a file is a document.
+        apart: keep the sources of `train` apart, as the components of a mixture: each becomes a split of its own
+            (``train-0``, ``train-1``, ...) and gives its own share to validation.
     """
 
     train: tuple[str, ...]
@@ -44,6 +47,7 @@ class CorpusSpec:
     val_share: float = 0.05
     text_key: str = "text"
     separator: str | None = None
+    apart: bool = False
 
     def __post_init__(self) -> None:
         for key in ("train", "val"):
@@ -79,6 +83,7 @@ class Corpus:
     Attributes:
         spec: what was asked for.
         name: the sources by name, a built-in one with its version.
+        names: of each training split.
         files: every file in reading order, training files first.
         sha256: over names, sizes and contents of all files, and the split.
         counts: what the last complete pass over the text replaced or dropped, and what was skipped before.
@@ -87,13 +92,25 @@ class Corpus:
     def __init__(self, spec: CorpusSpec) -> None:
         self.spec = spec
         self._skipped = Counts()
-        self.name, self._train_files = _find_all(spec.train, self._skipped)
+        groups = [(source,) for source in spec.train] if spec.apart else [spec.train]
+        found = [_find_all(group, self._skipped) for group in groups]
+        self.names: tuple[str, ...] = tuple(name for name, _ in found)
+        self.name = ", ".join(self.names)
+        self._train_files = [files for _, files in found]
         self._val_files = _find_all(spec.val, self._skipped)[1] if spec.val else []
-        self.files: list[SourceFile] = self._train_files + self._val_files
+        self.files: list[SourceFile] = [*chain(*self._train_files), *self._val_files]
+        _refuse_shared(self)
         self.counts = Counts()
         self._tally = self.counts
-        self._split = _GIVEN if spec.val else _plan_split(self)
+        self._splits = [
+            _GIVEN if spec.val else _plan_split(spec, name, files) for name, files in zip(self.names, self._train_files)
+        ]
         self.sha256 = _hash(self)
+
+    @property
+    def train_splits(self) -> tuple[Split, ...]:
+        """``("train",)``, or one split for each source that is kept apart."""
+        return tuple(f"train-{number}" for number in range(len(self.names))) if self.spec.apart else ("train",)
 
     @property
     def bytes_read(self) -> int:
@@ -117,21 +134,24 @@ class Corpus:
             seen.add(side)
             yield side, piece
         check_records(tally)
-        for side, sources in (("train", self.spec.train), ("val", self.spec.val or self.spec.train)):
+        train = self.spec.train if self.spec.apart else (", ".join(self.spec.train),)
+        val = ", ".join(self.spec.val or self.spec.train)
+        for side, sources in (*zip(self.train_splits, train), ("val", val)):
             if side not in seen:
-                raise DataError(f"{printable(', '.join(sources))} holds no text; expected at least one line.")
+                raise DataError(f"{printable(sources)} holds no text; expected at least one line.")
         self.counts = tally
 
     def _assigned(self, tally: Counts) -> Iterator[tuple[Split, Piece]]:
-        split, previous = self._split, None
-        for unit in _units(self, self._train_files, tally, split.block_characters):
-            side = split.side(unit.name, self.spec.val_share)
-            # Blocks of one document that fall on the same side one after another stay one document.
-            joined = unit.continues and side == previous
-            for piece in unit.pieces:
-                yield side, piece._replace(starts_document=piece.starts_document and not joined)
-            previous = side
-        for unit in _units(self, self._val_files, tally, None):
+        for train, files, plan in zip(self.train_splits, self._train_files, self._splits):
+            previous = None
+            for unit in _units(self.spec, files, tally, plan.block_characters):
+                side = "val" if plan.side(unit.name, self.spec.val_share) == "val" else train
+                # Blocks of one document that fall on the same side one after another stay one document.
+                joined = unit.continues and side == previous
+                for piece in unit.pieces:
+                    yield side, piece._replace(starts_document=piece.starts_document and not joined)
+                previous = side
+        for unit in _units(self.spec, self._val_files, tally, None):
             yield from (("val", piece) for piece in unit.pieces)
 
 
@@ -164,15 +184,27 @@ def _find_all(sources: tuple[str, ...], skipped: Counts) -> tuple[str, list[Sour
     return ", ".join(names), files
 
 
+def _refuse_shared(corpus: Corpus) -> None:
+    """A file in two sources could be trained on in one and held out in the other."""
+    owners: dict[Path, int] = {}
+    for number, files in enumerate(corpus._train_files):
+        for file in files:
+            owner = owners.setdefault(file.path.resolve(), number)
+            if owner != number:
+                both = f"{printable(corpus.spec.train[owner])} and {printable(corpus.spec.train[number])}"
+                raise DataError(
+                    f"{printable(file.name)} is in two sources of the mixture, {both}; leave it in one of them."
+                )
+
+
 class _Unit(NamedTuple):
     name: str
     continues: bool  # it is a further block of the same document
     pieces: Iterator[Piece]
 
 
-def _units(corpus: Corpus, files: list[SourceFile], tally: Counts, block: int | None) -> Iterator[_Unit]:
+def _units(spec: CorpusSpec, files: list[SourceFile], tally: Counts, block: int | None) -> Iterator[_Unit]:
     """Yield what the split decides about: documents that hold text, or blocks of them."""
-    spec = corpus.spec
     for file in files:
         stream = fragments(file, text_key=spec.text_key, separator=spec.separator, tally=tally)
         watch = _ByteWatch(file.name, tally)
@@ -276,30 +308,31 @@ def _fraction(name: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _plan_split(corpus: Corpus) -> _SplitPlan:
-    share = corpus.spec.val_share
-    enough = 1 / share
-    plan, count = _plan_for(corpus, None, enough)
+def _plan_split(spec: CorpusSpec, name: str, files: list[SourceFile]) -> _SplitPlan:
+    enough = 1 / spec.val_share
+    plan, count = _plan_for(spec, name, files, None, enough)
     if plan is None or count < enough:
-        total = sum(file.bytes for file in corpus.files)
+        total = sum(file.bytes for file in files)
         block = min(PIECE_CHARACTERS, max(_SMALLEST_BLOCK, total // _FEWEST_BLOCKS))
-        plan, count = _plan_for(corpus, block, 0)
+        plan, count = _plan_for(spec, name, files, block, 0)
     if plan is None:
         raise DataError(
-            f"{printable(corpus.name)} holds too little text to set a validation part aside; "
+            f"{printable(name)} holds too little text to set a validation part aside; "
             "give more text, or name a validation file with data.val=FILE."
         )
     return plan
 
 
-def _plan_for(corpus: Corpus, block: int | None, enough: float) -> tuple[_SplitPlan | None, int]:
+def _plan_for(
+    spec: CorpusSpec, corpus: str, files: list[SourceFile], block: int | None, enough: float
+) -> tuple[_SplitPlan | None, int]:
     """Read on until both sides have a unit and there are `enough`; return the plan and how many were seen."""
-    share = corpus.spec.val_share
+    share = spec.val_share
     seen: dict[Split, bool] = {}
     lowest = highest = None
     count = 0
     tally = Counts()
-    for name in _unit_names(corpus, tally, block):
+    for name in _unit_names(spec, files, tally, block):
         count += 1
         fraction = _fraction(name)
         seen["val" if fraction < share else "train"] = True
@@ -309,7 +342,7 @@ def _plan_for(corpus: Corpus, block: int | None, enough: float) -> tuple[_SplitP
             return _SplitPlan(block), count
     if count == 0:
         check_records(tally)
-        raise DataError(f"{printable(corpus.name)} holds no text, only white space; expected at least one line.")
+        raise DataError(f"{printable(corpus)} holds no text, only white space; expected at least one line.")
     if len(seen) == 2:
         return _SplitPlan(block), count
     if count < 2:
@@ -318,10 +351,10 @@ def _plan_for(corpus: Corpus, block: int | None, enough: float) -> tuple[_SplitP
     return _SplitPlan(block, forced[1], side), count
 
 
-def _unit_names(corpus: Corpus, tally: Counts, block: int | None) -> Iterator[str]:
-    for file in corpus.files:
-        units = _units(corpus, [file], tally, block)
-        if block is None and is_one_document(file, corpus.spec.separator):
+def _unit_names(spec: CorpusSpec, files: list[SourceFile], tally: Counts, block: int | None) -> Iterator[str]:
+    for file in files:
+        units = _units(spec, [file], tally, block)
+        if block is None and is_one_document(file, spec.separator):
             # The first text of the file is enough to know that it counts.
             first = next(units, None)
             units.close()
@@ -334,9 +367,11 @@ def _hash(corpus: Corpus) -> str:
     digest = hashlib.sha256()
     spec = corpus.spec
     rule = {"text_key": spec.text_key, "separator": spec.separator, "format": FORMAT}
-    rule |= asdict(corpus._split) if spec.val else {"val_share": spec.val_share, **asdict(corpus._split)}
+    plans = [asdict(plan) for plan in corpus._splits]
+    rule |= {"apart": plans} if spec.apart else plans[0]
+    rule |= {} if spec.val else {"val_share": spec.val_share}
     digest.update(repr(sorted(rule.items())).encode())
-    for side, files in (("train", corpus._train_files), ("val", corpus._val_files)):
+    for side, files in (*zip(corpus.train_splits, corpus._train_files), ("val", corpus._val_files)):
         for file in files:
             digest.update(f"{side}\0{file.name}\0{file.bytes}\0{file.sha256}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

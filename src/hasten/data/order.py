@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,8 @@ import numpy as np
 ROUNDS = 8
 # Places of the endless order that are computed together: one vectorised call for many small steps.
 BLOCK_PLACES = 4096
+# Blocks kept by an order: two of them hold a step that is not larger than one, and a mixture has several orders.
+_BLOCKS_KEPT = 4
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
@@ -41,6 +44,73 @@ class EndlessOrder:
         blocks = [_block(self.size, self.seed, self.purpose, number) for number in range(first, last + 1)]
         whole = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         return whole[place - first * BLOCK_PLACES :][:count]
+
+
+class WindowOrder:
+    """Numbers 0 to ``sum(sizes) - 1`` without end, near each other in time where they are near each other in space.
+
+    The numbers lie in windows of given sizes, one window after the other. An epoch goes through the windows in a
+    shuffled order, a group of `group` windows at a time, and mixes the numbers of a group. So every number comes once
+    in each epoch, and no more than two groups of windows are needed at any moment.
+
+    Args:
+        sizes_W: numbers of each window, at least 0 each and at least 1 in all.
+        seed: any whole number.
+        purpose: keeps orders of different things with one seed apart.
+        group: windows that are mixed with each other.
+
+    Example:
+        >>> order = WindowOrder(np.array([2, 0, 3]), seed=0, purpose="rows", group=1)
+        >>> sorted(order.at(0, 5).tolist())
+        [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, sizes_W: np.ndarray, *, seed: int, purpose: str, group: int) -> None:
+        self.seed, self.purpose, self.group = seed, purpose, group
+        self._sizes_W = np.asarray(sizes_W, np.int64)
+        self._begins_W = np.cumsum(self._sizes_W) - self._sizes_W
+        self.size = int(self._sizes_W.sum())
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._blocks: dict[tuple[int, int, int], np.ndarray] = {}
+
+    def at(self, place: int, count: int) -> np.ndarray:
+        """Return the numbers at places ``place, ..., place + count - 1``, int64; `place` at least 0."""
+        parts = []
+        while count > 0:
+            epoch, index = divmod(place, self.size)
+            ends_G = self._epoch(epoch)[1]
+            group = int(ends_G.searchsorted(index, side="right"))
+            begin = int(ends_G[group - 1]) if group else 0
+            block, offset = divmod(index - begin, BLOCK_PLACES)
+            part = self._block(epoch, group, block)[offset : offset + count]
+            parts.append(part)
+            place, count = place + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the windows in the order of an epoch, and where each group of them ends."""
+        if (known := self._epochs.get(epoch)) is None:
+            num_windows = len(self._sizes_W)
+            key = order_key(self.seed, epoch, f"{self.purpose}/windows")
+            windows_W = permuted(np.arange(num_windows), num_windows, key)
+            ends_W = np.cumsum(self._sizes_W[windows_W])
+            lasts_G = np.minimum(np.arange(self.group, num_windows + self.group, self.group), num_windows) - 1
+            known = _kept(self._epochs, epoch, (windows_W, ends_W[lasts_G]), 2)
+        return known
+
+    def _block(self, epoch: int, group: int, block: int) -> np.ndarray:
+        """Return a run of `BLOCK_PLACES` numbers of a group; the last of a group is shorter."""
+        if (known := self._blocks.get((epoch, group, block))) is None:
+            windows = self._epoch(epoch)[0][group * self.group : (group + 1) * self.group]
+            ends = np.cumsum(self._sizes_W[windows])
+            size = int(ends[-1])
+            indexes = np.arange(block * BLOCK_PLACES, min(size, (block + 1) * BLOCK_PLACES))
+            mixed = permuted(indexes, size, order_key(self.seed, epoch, f"{self.purpose}/{group}"))
+            which = ends.searchsorted(mixed, side="right")
+            numbers = mixed + (self._begins_W[windows] - (ends - self._sizes_W[windows]))[which]
+            numbers.flags.writeable = False
+            known = _kept(self._blocks, (epoch, group, block), numbers, _BLOCKS_KEPT)
+        return known
 
 
 def order_key(seed: int, epoch: int, purpose: str) -> int:
@@ -76,6 +146,14 @@ def permuted(indexes: np.ndarray, size: int, keys: int | np.ndarray) -> np.ndarr
     while len(outside := np.flatnonzero(values >= np.uint64(size))):
         values[outside] = _mixed(values[outside], half, [key if len(key) == 1 else key[outside] for key in rounds])
     return values.astype(np.int64).reshape(shape)
+
+
+def _kept(cache: dict, key: object, value: Any, most: int) -> Any:
+    """Return `value` after putting it into `cache`, which forgets its oldest entry beyond `most`."""
+    cache[key] = value
+    while len(cache) > most:
+        cache.pop(next(iter(cache)))
+    return value
 
 
 @lru_cache(maxsize=16)

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def prepare(
     main-module rules of processes. A folder appears in the cache only when it is complete.
 
     Args:
-        spec: the text.
+        spec: the text. Sources that it keeps apart become a split each, ``train-0``, ``train-1`` and so on, with
+            one tokenizer, learned from all of their text as if it were joined.
         tokenizer: ``bpe`` (learned from the training side), ``bytes``, or a ``tokenizer.json`` or its folder.
         vocab_size: of a ``bpe`` tokenizer.
         cache: where prepared data lies; None: `cache_root`.
@@ -157,7 +159,7 @@ def _learned(corpus: Corpus, vocab_size: int, folder: Path, tell: _Reporter) -> 
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not there, or damaged: learned again
     tell.stage("learning the tokenizer", corpus)
-    texts = sample(tell.counted(piece for side, piece in corpus.sides() if side == "train"))
+    texts = sample(tell.counted(piece for side, piece in corpus.sides() if side != "val"))
     tokenizer = train_bpe(texts, vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(suffix=".tmp", dir=folder)
@@ -228,6 +230,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int | No
         sources=[{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in corpus.files],
         counts=dict(sorted(corpus.counts.amounts.items())),
         notes=corpus.counts.sentences(),
+        **({"train_names": list(corpus.names)} if corpus.spec.apart else {}),
     )
 
 
@@ -255,8 +258,11 @@ def _encode_corpus(
     workers = workers or _default_workers(corpus, _MOST_FAST_WORKERS if is_fast else _MOST_WORKERS)
     tell.stage("encoding", corpus)
     settings = {"vocab_size": tokenizer.vocab_size, "document_token": tokenizer.document_token}
-    with ShardWriter(folder, "train", **settings) as train, ShardWriter(folder, "val", **settings) as val:
-        writers = {"train": train, "val": val}
+    with ExitStack() as open_files:
+        writers = {
+            split: open_files.enter_context(ShardWriter(folder, split, **settings))
+            for split in (*corpus.train_splits, "val")
+        }
         for batch, tokens_of in _in_order(_batches(corpus), encode_batch, workers):
             for (side, piece), tokens in zip(batch, tokens_of):
                 if piece.starts_document:

@@ -14,7 +14,7 @@ import struct
 import zlib
 from array import array
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TextIO
@@ -186,10 +186,21 @@ class ShardFile:
 
     def __init__(self, folder: Path, entry: Mapping[str, Any], vocab_size: int) -> None:
         self.num_tokens: int = entry["num_tokens"]
+        self.num_documents: int = entry["num_documents"]
         self._entry, self._vocab_size = entry, vocab_size
         self._path, self._index = folder / entry["tokens"]["file"], folder / entry["index"]["file"]
         self._dtype = token_dtype(vocab_size)
         self._block_tokens = BLOCK_BYTES // self._dtype.itemsize
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy in another process maps the files again: pickling what is mapped would copy it."""
+        mapped = ("_tokens", "_checksums", "_is_checked", "_starts")
+        return {name: value for name, value in vars(self).items() if name not in mapped}
+
+    @property
+    def hashes(self) -> tuple[str, str]:
+        """The sha256 of the ``.bin`` and of the ``.idx``, from the manifest."""
+        return self._entry["tokens"]["sha256"], self._entry["index"]["sha256"]
 
     def view(self, start: int, stop: int) -> np.ndarray:
         """Return a checked, read-only view of the file."""
@@ -198,23 +209,38 @@ class ShardFile:
 
     def spans(self, starts_R: np.ndarray, length: int) -> np.ndarray:
         """Return a copy of the spans of `length` tokens at `starts_R`."""
-        first_R, last_R = starts_R // self._block_tokens, (starts_R + length - 1) // self._block_tokens
-        if length > self._block_tokens or not (self._is_checked[first_R] & self._is_checked[last_R]).all():
-            for first, last in zip(first_R.tolist(), last_R.tolist()):
-                self._check(first, last + 1)
+        self._check_spans(starts_R, starts_R + length)
         # Every span of the file as a row that overlaps the next; indexing copies only the rows asked for.
         stride = self._dtype.itemsize
         shape = (self.num_tokens - length + 1, length)
         return np.ndarray(shape, self._dtype, self._tokens, strides=(stride, stride))[starts_R]
 
+    def pieces(self, starts_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
+        """Return a copy of the spans of `lengths_P` tokens, at least 1 each, at `starts_P`: one behind the other."""
+        self._check_spans(starts_P, starts_P + lengths_P)
+        indexes_N = spread(starts_P, lengths_P)
+        # With another mode numpy would write into a buffer first; every index is inside.
+        return np.take(self._tokens, indexes_N, out=np.empty(len(indexes_N), self._dtype), mode="clip")
+
     def document_starts(self) -> np.ndarray:
-        """Return where documents start, ``int64``, counted from the beginning of the shard."""
-        content = self._index.read_bytes()
-        *_, num_documents, num_blocks, checksum = self._parse(content)
-        starts = content[_INDEX_HEADER.size + 4 * num_blocks :]
+        """Return where documents start, ``int64``, counted from the beginning of the shard: a view of the index.
+
+        The index is mapped, not read; its checksums are checked once.
+        """
+        return self._starts
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        check_size(self._index, self._entry["index"]["bytes"])
+        begin = _INDEX_HEADER.size + 4 * len(self._checksums)
+        with opened(self._index) as file:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        *_, num_documents, _, checksum = self._parse(content[:begin])
+        starts = content[begin:]
         if len(starts) != 8 * num_documents or zlib.crc32(starts) != checksum:
             raise damaged(self._index, "its document starts fail their checksum")
-        return np.frombuffer(starts, "<u8").astype(np.int64)
+        # No shard holds 2**63 tokens, so the stored uint64 is the same as int64.
+        return np.frombuffer(starts, "<i8")
 
     @cached_property
     def _tokens(self) -> np.ndarray:
@@ -244,6 +270,15 @@ class ShardFile:
             raise damaged(self._index, "it is not the index of this shard")
         return fields
 
+    def _check_spans(self, starts_R: np.ndarray, stops_R: np.ndarray) -> None:
+        """Check the blocks that hold the tokens from `starts_R` up to `stops_R`, at least one token each."""
+        first_R, last_R = starts_R // self._block_tokens, (stops_R - 1) // self._block_tokens
+        is_checked = self._is_checked
+        if is_checked[first_R].all() and is_checked[last_R].all() and int((last_R - first_R).max(initial=0)) < 2:
+            return
+        for first, last in zip(first_R.tolist(), last_R.tolist()):
+            self._check(first, last + 1)
+
     def _check(self, first: int, stop: int) -> None:
         """Check the blocks from `first` up to `stop` that have not been checked before."""
         if self._is_checked[first:stop].all():
@@ -257,6 +292,25 @@ class ShardFile:
             if int(block.max()) >= self._vocab_size:
                 raise damaged(self._path, f"it holds the id {block.max()}, outside a vocabulary of {self._vocab_size}")
             self._is_checked[number] = True
+
+
+def spread(starts_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
+    """Return ``start, start + 1, ...`` of every span, one behind the other.
+
+    Example:
+        >>> spread(np.array([7, 2]), np.array([2, 3])).tolist()
+        [7, 8, 2, 3, 4]
+    """
+    ends_P = np.cumsum(lengths_P)
+    indexes_N = np.repeat(starts_P - (ends_P - lengths_P), lengths_P)
+    indexes_N += _counting(len(indexes_N).bit_length())[: len(indexes_N)]
+    return indexes_N
+
+
+@lru_cache(maxsize=4)
+def _counting(bits: int) -> np.ndarray:
+    """Return 0 to ``2**bits - 1``; counting anew takes as long as the gather it serves."""
+    return np.arange(1 << bits)
 
 
 def check_size(path: Path, expected: int) -> None:

@@ -11,17 +11,20 @@ shard is first used, each block when it is first touched, everything in `Prepare
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from hasten.data.manifest import FORMAT_VERSION, MANIFEST, all_files, read_manifest, sha256_of, write_manifest
-from hasten.data.shard_files import ShardFile, ShardWriter, check_size, damaged, token_dtype
+from hasten.data.shard_files import ShardFile, ShardWriter, check_size, damaged, spread, token_dtype
+from hasten.errors import DataError
 
 if TYPE_CHECKING:
     from hasten.data.tokenizer import Tokenizer
@@ -29,20 +32,28 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT_VERSION", "PreparedData", "ShardWriter", "TokenShards", "token_dtype", "write_manifest"]
 
 
+class SplitSize(NamedTuple):
+    """How much text there is: tokens with the document tokens, documents, bytes of the source."""
+
+    num_tokens: int
+    num_documents: int
+    source_bytes: int
+
+
 @dataclass(frozen=True)
 class PreparedData:
-    """A corpus as tokens: two streams, and what they were made from. Made by `PreparedData.open`.
+    """A corpus as tokens: the streams, and what they were made from. Made by `PreparedData.open`.
 
     Attributes:
         folder: where it lies.
         manifest: everything known of it, as plain data.
-        train: the stream to train on.
+        trains: the streams to train on: one, or one for each source that was kept apart for a mixture.
         val: the held-out stream.
     """
 
     folder: Path
     manifest: Mapping[str, Any]
-    train: TokenShards
+    trains: tuple[TokenShards, ...]
     val: TokenShards
 
     @classmethod
@@ -56,8 +67,36 @@ class PreparedData:
         manifest = read_manifest(folder / MANIFEST)
         for entry in all_files(manifest):
             check_size(folder / entry["file"], entry["bytes"])
-        train, val = (TokenShards(folder, manifest, split) for split in ("train", "val"))
-        return cls(folder, manifest, train, val)
+        *trains, val = (TokenShards(folder, manifest, split) for split in (*train_splits(manifest), "val"))
+        return cls(folder, manifest, tuple(trains), val)
+
+    @property
+    def train(self) -> TokenShards:
+        """The stream to train on.
+
+        Raises:
+            DataError: there are several, one for each source of a mixture.
+        """
+        if len(self.trains) > 1:
+            raise DataError(
+                f"This text was prepared as a mixture of {len(self.trains)} sources, so there is no single stream; "
+                "read them from `trains`."
+            )
+        return self.trains[0]
+
+    @property
+    def train_names(self) -> tuple[str, ...]:
+        """What each stream of `trains` was made from, as a person knows it."""
+        return tuple(self.manifest.get("train_names", [self.manifest["corpus"]]))
+
+    @property
+    def train_size(self) -> SplitSize:
+        """Tokens, documents and bytes to train on, whether they are one stream or several."""
+        return SplitSize(
+            sum(shards.num_tokens for shards in self.trains),
+            sum(shards.num_documents for shards in self.trains),
+            sum(shards.source_bytes for shards in self.trains),
+        )
 
     @property
     def corpus_sha256(self) -> str:
@@ -99,6 +138,12 @@ class PreparedData:
                 raise damaged(path, "its sha256 is not the manifest's")
 
 
+def train_splits(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the splits to train on: ``train``, or ``train-0``, ``train-1`` and so on."""
+    splits = manifest["splits"]
+    return ("train",) if "train" in splits else tuple(f"train-{number}" for number in range(len(splits) - 1))
+
+
 class TokenShards:
     """The token stream of one split, read from memory-mapped shards.
 
@@ -124,6 +169,7 @@ class TokenShards:
         self._dtype = token_dtype(self.vocab_size)
         self._shards = [ShardFile(folder, shard, self.vocab_size) for shard in entry["shards"]]
         self._bounds = np.cumsum([0] + [shard.num_tokens for shard in self._shards])
+        self._first_documents = np.cumsum([0] + [shard.num_documents for shard in self._shards])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens from `start` up to `stop`, ``0 <= start <= stop <= num_tokens``, of the stored type."""
@@ -165,8 +211,58 @@ class TokenShards:
             spans_RL[row] = self.read(int(starts_R[row]), int(starts_R[row]) + length)
         return spans_RL
 
-    @cached_property
+    def pieces(self, starts_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
+        """Return the spans of `lengths_P` tokens, at least 1 each, that begin at `starts_P`, one behind the other."""
+        if not len(starts_P):
+            return np.empty(0, self._dtype)
+        stops_P = starts_P + lengths_P
+        low, high = int(starts_P.min()), int(stops_P.max())
+        if low < 0 or high > self.num_tokens or int(lengths_P.min()) < 1:
+            raise IndexError(f"a span is empty or not within a stream of {self.num_tokens} tokens")
+        number = int(self._bounds.searchsorted(low, side="right")) - 1
+        if high <= self._bounds[number + 1]:
+            return self._shards[number].pieces(starts_P - self._bounds[number], lengths_P)
+        number_P = self._bounds.searchsorted(starts_P, side="right") - 1
+        is_whole_P = stops_P <= self._bounds[number_P + 1]
+        places_P = np.cumsum(lengths_P) - lengths_P
+        tokens_N = np.empty(int(lengths_P.sum()), self._dtype)
+        for number in np.unique(number_P).tolist():
+            here = np.flatnonzero(is_whole_P & (number_P == number))
+            if len(here):
+                part = self._shards[number].pieces(starts_P[here] - self._bounds[number], lengths_P[here])
+                tokens_N[spread(places_P[here], lengths_P[here])] = part
+        for piece in np.flatnonzero(~is_whole_P).tolist():
+            part = self.read(int(starts_P[piece]), int(stops_P[piece]))
+            tokens_N[places_P[piece] : places_P[piece] + len(part)] = part
+        return tokens_N
+
+    def starts(self, first: int, stop: int) -> np.ndarray:
+        """Return where documents `first` up to `stop` begin and where the last of them ends, int64.
+
+        Only the shards that hold them are touched, and their index is mapped, never held in memory as a whole.
+        """
+        if not 0 <= first <= stop <= self.num_documents:
+            raise IndexError(f"documents {first} to {stop} of {self.num_documents}")
+        starts = np.empty(stop - first + 1, np.int64)
+        starts[-1] = self.num_tokens
+        last = min(stop + 1, self.num_documents)  # the end of a document is the beginning of the next
+        number = int(self._first_documents.searchsorted(first, side="right")) - 1
+        done = 0
+        while first + done < last:
+            begin = first + done - int(self._first_documents[number])
+            part = self._shards[number].document_starts()[begin : begin + last - first - done]
+            np.add(part, self._bounds[number], out=starts[done : done + len(part)])
+            done += len(part)
+            number += 1
+        return starts
+
+    @property
     def document_starts(self) -> np.ndarray:
-        """Where each document begins, ``int64[num_documents]``; read from the index when first asked for."""
-        parts = [shard.document_starts() + bound for shard, bound in zip(self._shards, self._bounds)]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        """Where each document begins, ``int64[num_documents]``."""
+        return self.starts(0, self.num_documents)[:-1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the tokens and of where documents start, as the manifest records them."""
+        files = [shard.hashes for shard in self._shards]
+        return hashlib.sha256(json.dumps([self.document_token, files]).encode()).hexdigest()[:32]

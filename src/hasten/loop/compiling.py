@@ -43,6 +43,9 @@ def choose_compile(
         reason = f"saves about {saved:.0f} s of {seconds_left:.0f} s and costs about {cost:.0f} s"
     state.notes["compile"] = is_on
     if is_on:
+        # One graph for each row length; PyTorch gives up after 8 without being told.
+        lengths = len(state.recipe.lengths.row_lengths)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * lengths)
         state.forward = torch.compile(state.model, dynamic=False)
         before = state.phases.get("probe", 0.0)
         seconds_per_step = probe(state)

@@ -15,7 +15,8 @@ from hasten.checks import Facts, Finding, check, check_horizon, check_machine, f
 from hasten.data.preparation import prepare
 from hasten.data.shards import PreparedData
 from hasten.errors import RecipeError, printable
-from hasten.loop.between import between_steps, validate
+from hasten.loop.between import between_steps, save, validate
+from hasten.loop.branching import branch_recipe, read_parent, take_over
 from hasten.loop.finish import Result, finish, stopped
 from hasten.loop.interrupt import stop_on_signals
 from hasten.loop.state import State, restore, start
@@ -38,7 +39,8 @@ def train(
 
     The run folder (``out``) then holds the model in Hugging Face format (``final/``), the metrics, the events, the
     checkpoints and ``result.json``. Called again with the same recipe it resumes from the newest good checkpoint, or
-    says that the run is finished.
+    says that the run is finished. With ``branch_from=RUN`` (and ``branch_step``) it is a branch of that run, which
+    it only reads: see `hasten.loop.branching`.
 
     Args:
         source: a `Recipe`, the path of a TOML file, the name of a built-in recipe, or None for the defaults.
@@ -68,7 +70,11 @@ def train(
         loaded, done = _continue_from(recipe, folder, tell)
         if done is not None and not dry_run:
             return done
+        parent = read_parent(recipe) if recipe.branch_from and loaded is None else None
         state = _checked_state(recipe, folder, tell)
+        if parent is not None:
+            for message in take_over(state, parent):
+                tell("warning", message=message)
         if dry_run:
             return Result("dry", "", folder.path, {})
         if not folder.path.is_dir():
@@ -84,6 +90,10 @@ def _resolved(source: Recipe | str | Path | None, settings: Mapping[str, Any]) -
         return source, ()
     if isinstance(source, Recipe):
         raise RecipeError("Give a Recipe, or a recipe's name with settings; not a Recipe and settings.")
+    if source is None and settings.get("branch_from"):
+        others = {key: value for key, value in settings.items() if key not in ("branch_from", "branch_step")}
+        resolved = branch_recipe(settings["branch_from"], step=settings.get("branch_step"), overrides=others)
+        return resolved.recipe, resolved.notes
     resolved = resolve(source, settings)
     return resolved.recipe, resolved.notes
 
@@ -133,6 +143,10 @@ def _facts(state: State, folder: RunFolder) -> Facts:
         free_bytes=free_bytes(folder.path),
         state_bytes=plan.state_bytes,
         optimizer_warnings=plan.warnings,
+        width=state.config.width,
+        micro_rows=state.batch_sizes.micro_rows,
+        steps_per_epoch=state.steps_per_epoch,
+        on_cpu=state.device.type == "cpu",
     )
 
 
@@ -172,6 +186,9 @@ def _run(state: State, folder: RunFolder, record: Record, hooks: tuple[Hook, ...
     hooks = (write, *hooks)
     tell = Teller(hooks, state)
     _tell_start(state, tell, command)
+    if state.step == 0 and "branch" in state.notes:
+        tell("branch", **state.notes["branch"])
+        save(state, folder, tell)  # from here on the branch needs the other run no more
     with stop_on_signals() as request:
         if state.status == "running":
             timetable = Timetable(state, tell)

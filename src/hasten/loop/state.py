@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from hasten import checkpoint
 from hasten.clip import Clip
-from hasten.data.batches import PackedBatches
+from hasten.data.batches import Batch, Batches
+from hasten.data.lengths import BatchSizes, LengthSchedule, WindowSchedule
+from hasten.data.reading import read
 from hasten.data.shards import PreparedData
 from hasten.errors import RecipeError
 from hasten.guard import Guard
@@ -25,7 +27,7 @@ from hasten.precision import Precision
 from hasten.recipe import Recipe
 from hasten.schedules import Progress, Schedule
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 # A micro-batch on a CPU is kept near the caches; on a GPU the logits bound it.
 CPU_MICRO_TOKENS = 4096
 GPU_LOGITS_BYTES = 4 << 30
@@ -50,13 +52,30 @@ class Clock:
         return self.before + (0.0 if self.began is None else time.perf_counter() - self.began)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What an optimizer step looks like: how far the run is, and what the schedules make of it.
+
+    `rows` of full length is how much it reads, `length` the longest row it may have, `window` how far back a token
+    looks (None: no limit), `lr_factor` what the learning rate is multiplied by for the size of the step.
+    """
+
+    progress: float
+    rows: int
+    length: int
+    window: Tensor | None
+    lr_factor: float
+
+
 @dataclass
 class State:
     """Everything a run is, between two optimizer steps.
 
-    `step`, `row` and `tokens` say where it is: optimizer steps done, rows of data consumed, real target tokens
-    trained. `progress` maps steps to [0, 1]; it is None until a wall-clock budget has been planned.
-    `clock` is what a wall-clock budget is held against, `phases` says what its seconds went into.
+    `step`, `position` and `tokens` say where it is: optimizer steps done, the place in the data, real target tokens
+    trained. `progress` maps steps to [0, 1]; it is None until a wall-clock budget has been planned, and so are the
+    schedules that live on it: `schedules` of the optimizer's settings, `lengths` of rows, `window` of attention.
+    `clock` is what a wall-clock budget is held against, `phases` says what its seconds went into, and `work` how many
+    steps of full size this attempt has done the like of.
     """
 
     recipe: Recipe
@@ -67,15 +86,19 @@ class State:
     precision: Precision
     optimizer: RuledOptimizer
     clip: Clip
-    batches: PackedBatches
+    batches: Batches
+    batch_sizes: BatchSizes
     guard: Guard
     device: torch.device
     seed: int
     progress: Progress | None = None
-    schedule: Schedule | None = None
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
+    lengths: LengthSchedule | None = None
+    window: WindowSchedule | None = None
     schedule_steps: int = 0
     step: int = 0
-    row: int = 0
+    position: tuple[int, ...] = ()
+    work: float = 0.0
     tokens: int = 0
     clock: Clock = field(default_factory=Clock)
     status: str = "running"
@@ -90,8 +113,44 @@ class State:
 
     @property
     def tokens_per_step(self) -> int:
-        """Rows times row length of one optimizer step."""
-        return self.batches.rows_per_step * self.recipe.lengths.seq_len
+        """Rows times row length of one optimizer step, on average over the run where that changes."""
+        return round(self.batch_sizes.mean_rows * self.recipe.lengths.seq_len)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps of one pass over the data; seldom a whole number."""
+        return self.batches.source.num_rows / self.batch_sizes.mean_rows
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The learning rate's schedule."""
+        return self.schedules.get("lr")
+
+    def shape(self) -> Shape:
+        """Return what the next optimizer step looks like."""
+        progress = self.progress(self.step)
+        window = self.window(progress)
+        if window is None and self.recipe.lengths.name == "window":
+            window = self.recipe.lengths.seq_len  # still a number: a compiled graph without one would be another graph
+        return Shape(
+            progress=progress,
+            rows=self.batch_sizes(progress),
+            length=self.lengths(progress, self.step),
+            window=None if window is None else torch.tensor(window, device=self.device),
+            lr_factor=self.batch_sizes.lr_factor(progress),
+        )
+
+    def work_at(self, progress: float, step: int) -> float:
+        """Return about the cost of step `step` at `progress`, relative to one of full size; 1 where it is not known."""
+        costs = self.notes.get("costs", {})
+        full = costs.get(str(self.recipe.lengths.seq_len))
+        relative = costs.get(str(self.lengths(progress, step)), full) / full if full else 1.0
+        return relative * self.batch_sizes(progress) / self.batch_sizes.rows
+
+    def take(self, shape: Shape) -> tuple[list[Batch], tuple[int, ...]]:
+        """Return the micro-batches of the next step on the run's device, and the position after it."""
+        batches, position = self.batches.take(self.position, rows=shape.rows, length=shape.length)
+        return [batch.to(self.device) for batch in batches], position
 
     def spend(self, phase: str, seconds: float) -> None:
         """Book `seconds` of the run's clock under `phase`."""
@@ -105,13 +164,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def auto_micro_rows(rows_per_step: int, seq_len: int, vocab_size: int, device: torch.device) -> int:
-    """Return the rows of a micro-batch: the largest divisor of the step that fits caches (CPU) or memory (GPU)."""
+def auto_micro_rows(rows_per_step: int, seq_len: int, vocab_size: int, device: torch.device, smallest: int = 0) -> int:
+    """Return the rows of a micro-batch: the largest divisor of the step that fits caches (CPU) or memory (GPU).
+
+    At most `smallest` rows, where that is given: the smallest step of a run whose steps grow.
+    """
     if device.type == "cpu":
         limit = CPU_MICRO_TOKENS
     else:
         limit = GPU_LOGITS_BYTES // (vocab_size * 4)
-    fitting = max(1, limit // seq_len)
+    fitting = max(1, min(limit // seq_len, smallest or rows_per_step))
     return max(d for d in range(1, rows_per_step + 1) if rows_per_step % d == 0 and d <= fitting)
 
 
@@ -149,18 +211,25 @@ def start(
             f"batch.tokens={recipe.batch.tokens} is less than one row of lengths.seq_len={seq_len}; "
             f"give at least {seq_len}."
         )
-    micro_rows = recipe.batch.micro_rows or auto_micro_rows(rows_per_step, seq_len, data.vocab_size, device)
+    batch_sizes = recipe.batch.build(rows=rows_per_step, micro_rows=1)
+    smallest = min(batch_sizes(point / 1000) for point in range(1001))
+    micro_rows = recipe.batch.micro_rows or auto_micro_rows(rows_per_step, seq_len, data.vocab_size, device, smallest)
+    batch_sizes = dataclasses.replace(batch_sizes, micro_rows=micro_rows)
     precision = Precision(model, recipe.precision.name)
-    batches = PackedBatches(
-        data.train,
+    source = read(
+        data,
         seq_len=seq_len,
-        rows_per_step=rows_per_step,
-        micro_rows=micro_rows,
         seed=seed,
-        document_mask=recipe.data.document_mask,
+        packing=recipe.data.packing,
+        overflow=recipe.data.overflow,
+        mode=recipe.lengths.reading,
+        lengths=recipe.lengths.row_lengths,
+        weights=recipe.data.weights,
     )
-    tokens_per_step = rows_per_step * seq_len
-    steps = horizon if horizon is not None else budget_steps(recipe, tokens_per_step, batches.steps_per_epoch)
+    batches = Batches(source, seq_len=seq_len, micro_rows=micro_rows, document_mask=recipe.data.document_mask)
+    tokens_per_step = round(batch_sizes.mean_rows * seq_len)
+    steps_per_epoch = source.num_rows / batch_sizes.mean_rows
+    steps = horizon if horizon is not None else budget_steps(recipe, tokens_per_step, steps_per_epoch)
     state = State(
         recipe=recipe,
         data=data,
@@ -178,6 +247,8 @@ def start(
         ),
         clip=recipe.clip.build(),
         batches=batches,
+        batch_sizes=batch_sizes,
+        position=source.begin,
         guard=Guard(),
         device=device,
         seed=seed,
@@ -218,14 +289,17 @@ def weights_to_evaluate(state: State) -> Iterator[None]:
 
 
 def build_schedule(state: State, total_steps: int) -> None:
-    """Build the schedule for a first plan of `total_steps`, which a warm-up given in steps is a share of."""
+    """Build the schedules for a first plan of `total_steps`, which a warm-up given in steps is a share of."""
     state.schedule_steps = total_steps
-    state.schedule = state.recipe.schedule.build(
-        total_steps=total_steps,
-        tokens_per_step=state.tokens_per_step,
-        steps_per_epoch=state.batches.steps_per_epoch,
-        seconds=state.recipe.budget.value if state.recipe.budget.unit == "seconds" else None,
-    )
+    run = {
+        "total_steps": total_steps,
+        "tokens_per_step": state.tokens_per_step,
+        "steps_per_epoch": state.steps_per_epoch,
+        "seconds": state.recipe.budget.value if state.recipe.budget.unit == "seconds" else None,
+    }
+    state.schedules = state.recipe.schedule.build_all(**run)
+    state.lengths = state.recipe.lengths.build(seed=state.seed, **run)
+    state.window = state.recipe.lengths.build_window(**run)
 
 
 def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -242,7 +316,7 @@ def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
     plain = {
         "format": STATE_FORMAT,
         "step": state.step,
-        "row": state.row,
+        "position": list(state.position),
         "tokens": state.tokens,
         "seconds": state.clock.seconds,
         "phases": state.phases,
@@ -280,8 +354,9 @@ def restore(state: State, tensors: Mapping[str, Mapping[str, Tensor]], plain: Ma
     state.precision.load_state_dict(plain["precision"])
     state.guard.load_state_dict(plain["guard"])
     torch.set_rng_state(tensors["random"]["torch"])
-    for name in ("step", "row", "tokens", "status", "reason"):
+    for name in ("step", "tokens", "status", "reason"):
         setattr(state, name, plain[name])
+    state.position = tuple(plain["position"])
     state.clock = Clock(before=plain["seconds"])
     state.phases = dict(plain["phases"])
     state.notes = dict(plain["notes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hasten.data.batches import Batch
-from hasten.loop.state import State
+from hasten.loop.state import Shape, State
 from hasten.model import loss_sum
 from hasten.model.loss import NO_TARGET
+from hasten.schedules import apply
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class StepReport:
     loss_scale: float
     lr: float
     progress: float
+    seq_len: int
     num_targets: int
     tokens: int
     seconds: float
@@ -95,25 +98,26 @@ def train_step(state: State) -> StepReport:
     the global mini-batch).
     """
     began = time.perf_counter()
-    batches = [batch.to(state.device) for batch in state.batches.take(state.row)]
+    shape = state.shape()
+    batches, position = state.take(shape)
     num_targets = sum(batch.num_targets for batch in batches)
     gathered = time.perf_counter()
 
-    progress = state.progress(state.step)
-    factor = state.schedule(progress)
+    apply(state.optimizer, state.schedules, shape.progress)
     for group in state.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        group["lr"] *= shape.lr_factor
     loss = 0.0
     for batch in batches:
-        share = loss_sum(state.forward, batch.tokens_BT, batch.labels_BT, batch.document_ids_BT) / num_targets
+        share = batch_loss(state, batch, shape) / num_targets
         state.precision.backward(share)
         loss = loss + share.detach()
     update = state.precision.step(state.optimizer, state.clip)
 
+    state.work += state.work_at(shape.progress, state.step)
     state.step += 1
     if _estimate_is_due(state):
-        _estimate(state, batches, num_targets)
-    state.row += state.batches.rows_per_step
+        _estimate(state, batches, shape, num_targets)
+    state.position = position
     state.tokens += num_targets
     done = time.perf_counter()
     state.spend("data", gathered - began)
@@ -124,8 +128,9 @@ def train_step(state: State) -> StepReport:
         clipped=update.clipped,
         skipped=update.skipped,
         loss_scale=update.loss_scale,
-        lr=state.recipe.optimizer.lr * factor,
-        progress=progress,
+        lr=state.recipe.optimizer.lr * state.schedule(shape.progress) * shape.lr_factor,
+        progress=shape.progress,
+        seq_len=batches[0].tokens_BT.shape[1],
         num_targets=num_targets,
         tokens=state.tokens,
         seconds=state.clock.seconds,
@@ -133,12 +138,17 @@ def train_step(state: State) -> StepReport:
     )
 
 
+def batch_loss(state: State, batch: Batch, shape: Shape) -> Tensor:
+    """Return the summed loss of a micro-batch under the run's forward pass."""
+    return loss_sum(state.forward, batch.tokens_BT, batch.labels_BT, batch.document_ids_BT, shape.window)
+
+
 def _estimate_is_due(state: State) -> bool:
     every = state.optimizer.estimate_every
     return every > 0 and state.step % every == 0
 
 
-def _estimate(state: State, batches: list[Batch], num_targets: int) -> None:
+def _estimate(state: State, batches: list[Batch], shape: Shape, num_targets: int) -> None:
     """Give the optimizer gradients of a loss over labels that the model draws itself, in place of the text's.
 
     What is drawn depends on the seed and the step alone, so a resumed run draws the same.
@@ -146,12 +156,12 @@ def _estimate(state: State, batches: list[Batch], num_targets: int) -> None:
     generator = torch.Generator(device=state.device).manual_seed(state.seed * 1_000_003 + state.step)
     for batch in batches:
         with torch.no_grad():
-            logits_BTV = state.model(batch.tokens_BT, batch.document_ids_BT)
+            logits_BTV = state.model(batch.tokens_BT, batch.document_ids_BT, window=shape.window)
             chances_NV = torch.softmax(logits_BTV.float(), -1).flatten(0, 1)
             drawn_BT = torch.multinomial(chances_NV, 1, generator=generator).view_as(batch.labels_BT)
         labels_BT = torch.where(batch.labels_BT == NO_TARGET, batch.labels_BT, drawn_BT.to(batch.labels_BT.dtype))
-        share = loss_sum(state.forward, batch.tokens_BT, labels_BT, batch.document_ids_BT) / num_targets
-        state.precision.backward(share)
+        drawn = dataclasses.replace(batch, labels_BT=labels_BT)
+        state.precision.backward(batch_loss(state, drawn, shape) / num_targets)
     state.precision.estimate(state.optimizer)
 
 
@@ -167,7 +177,7 @@ def _tell(state: State, step: int, report: StepReport, hooks: tuple[Hook, ...]) 
         "clipped": bool(report.clipped),
         "skipped": report.skipped,
         "loss_scale": report.loss_scale,
-        "seq_len": state.recipe.lengths.seq_len,
+        "seq_len": report.seq_len,
         "progress": report.progress,
         "tokens": report.tokens,
         "seconds": report.seconds,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
-
-import torch
 
 from hasten.duration import Duration
 from hasten.loop.compiling import choose_compile
+from hasten.loop.probing import probe
 from hasten.loop.state import State, replan, set_horizon
 from hasten.loop.steps import Teller
-from hasten.model import loss_sum
 from hasten.pacing import Pace, steps_that_fit, worth_planning_again
 
 # A wall-clock budget is planned again at most this often (as a share of it), and once more just before the cool-down.
@@ -20,6 +17,8 @@ PLAN_EVERY_SHARE = 0.04
 # spend the schedule on them before that; planning too many costs nothing.
 FEWEST_PLANNED = 50
 PLAN_AFTER_STEPS = (1, 2, 4, 8, 16)
+# Moments of the rest of a run at which its lengths and sizes are looked up to say what a step will cost.
+PLANNED_POINTS = 256
 # What a forward pass costs relative to forward, backward and update.
 FORWARD_SHARE = 0.35
 
@@ -50,21 +49,25 @@ class Timetable:
             seconds_per_step = choose_compile(state, self._tell, seconds_per_step, self._budget, probe)
             tokens = min(state.recipe.evaluate.tokens, state.data.val.num_tokens)
             self._evaluation_seconds = FORWARD_SHARE * seconds_per_step * tokens / state.tokens_per_step
-            fitting = steps_that_fit(0, self._seconds_left(state, progress=0.0), seconds_per_step)
-            set_horizon(state, max(fitting, FEWEST_PLANNED))
+            # The schedules say what a step costs on average, and a plan is needed to build them: plan twice.
+            for work_per_step in (1.0, None):
+                work_per_step = work_per_step or work_ahead(state)
+                left = self._seconds_left(state, progress=0.0)
+                fitting = steps_that_fit(0, left, seconds_per_step * work_per_step)
+                set_horizon(state, max(fitting, FEWEST_PLANNED))
             self._tell("plan", total_steps=state.total_steps, knots=state.progress.to_json())
         else:
             left = self._budget - state.clock.seconds if self._budget is not None else None
             choose_compile(state, self._tell, None, left, probe)
         self._planned_at = state.clock.seconds
-        self._pace.observe(state.step, self._trained(state))
+        self._pace.observe(state.work, self._trained(state))
         for name in ("evaluate", "checkpoint"):
             self._marks[name] = _position(getattr(state.recipe, name).every, state)
         return fitting
 
     def is_due(self, state: State) -> bool:
         """Say whether anything is due after the step just done."""
-        self._pace.observe(state.step, self._trained(state))
+        self._pace.observe(state.work, self._trained(state))
         return self._crosses("evaluate", state) or self._crosses("checkpoint", state) or self.plan_due(state)
 
     def evaluation_due(self, state: State) -> bool:
@@ -96,9 +99,10 @@ class Timetable:
         if not self.plan_due(state):
             return
         self._planned_at = state.clock.seconds
-        seconds_per_step = self._pace.seconds_per_step
-        if seconds_per_step is None:
+        seconds_per_work = self._pace.seconds_per_work
+        if seconds_per_work is None:
             return
+        seconds_per_step = seconds_per_work * work_ahead(state)
         left = self._seconds_left(state, progress=state.progress(state.step))
         fitting = steps_that_fit(state.step, left, seconds_per_step)
         if not worth_planning_again(state.step, state.total_steps, fitting):
@@ -134,25 +138,11 @@ class Timetable:
         return crossed
 
 
-def probe(state: State, *, passes: int = 2) -> float:
-    """Return about the seconds one optimizer step will take, from forward and backward passes that change nothing.
-
-    The first pass also pays for allocations and lazy set-up; the fastest counts.
-    """
-    began = time.perf_counter()
-    batches = state.batches.take(state.row)
-    batch = batches[0].to(state.device)
-    seconds = math.inf
-    for _ in range(passes):
-        pass_began = time.perf_counter()
-        loss = loss_sum(state.forward, batch.tokens_BT, batch.labels_BT, batch.document_ids_BT) / batch.num_targets
-        state.precision.backward(loss)
-        if state.device.type == "cuda":
-            torch.cuda.synchronize(state.device)
-        seconds = min(seconds, time.perf_counter() - pass_began)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.spend("probe", time.perf_counter() - began)
-    return seconds * len(batches)
+def work_ahead(state: State) -> float:
+    """Return about the cost of a step, relative to one of full size, on average over the rest of the run."""
+    begin = state.progress(state.step)
+    points = [begin + (1.0 - begin) * (point + 0.5) / PLANNED_POINTS for point in range(PLANNED_POINTS)]
+    return sum(state.work_at(progress, point) for point, progress in enumerate(points)) / PLANNED_POINTS
 
 
 def _position(every: Duration, state: State) -> float:
@@ -161,7 +151,7 @@ def _position(every: Duration, state: State) -> float:
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": state.clock.seconds,
-        "epochs": state.row / state.batches.num_rows,
+        "epochs": state.batches.source.epochs(state.position),
         "share": state.progress(state.step),
     }[every.unit]
     return here / every.value

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hasten.model.attention import Causal, Choice, Mask, Pairs, Work, choose, mask_for
 from hasten.model.loss import summed_loss
 from hasten.model.shape import ModelConfig
 
@@ -30,6 +31,8 @@ class Decoder(nn.Module):
         config: the shape.
         seed: of the initial weights, which depend on it alone and not on the global random state. None leaves the
             parameters without storage (`meta` device), to be assigned from a checkpoint.
+        attention: how packed rows are attended to: ``auto``, or a back end of `hasten.model.attention` by name. It
+            changes speed and the last bits, and is no part of the shape.
 
     Example:
         >>> from hasten.model import SIZES
@@ -38,9 +41,10 @@ class Decoder(nn.Module):
         torch.Size([2, 64, 256])
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int | None) -> None:
+    def __init__(self, config: ModelConfig, *, seed: int | None, attention: str = "auto") -> None:
         super().__init__()
         self.config = config
+        self.attention = attention
         with torch.device("meta"):  # the constructors of nn.Linear and nn.Embedding would draw global random numbers
             self.model = Trunk(config)
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -60,22 +64,30 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
         labels_BT: Tensor | None = None,
+        window: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> Tensor:
         """Return logits (B, T, V), or with `labels_BT` the summed loss of the positions that carry one.
 
         Args:
             tokens_BT: token ids.
-            document_ids_BT: a number per position; positions see earlier ones of the same number only. None: all
-                earlier ones. Positions count from the start of the row, not of the document: rotary attention
-                depends on distances alone.
+            document_ids_BT: a number per position that rises with every document of a row; positions see earlier
+                ones of the same number only. None: all earlier ones. Positions count from the start of the row, not of
+                the document: rotary attention depends on distances alone.
             cache: of `new_cache`; the tokens continue what it holds, and are added to it.
             labels_BT: the token to predict at every position, `NO_TARGET` (-100) for none.
+            window: 0-d integer tensor, at least 1: how many positions each one sees, itself included. None: all that
+                the documents allow; so does any window of T or more.
+            mask: what `mask` made of documents and window beforehand, in place of both.
         """
-        assert cache is None or document_ids_BT is None, "a cache holds one document per row"
         start = 0 if cache is None else cache.length
         stop = start + tokens_BT.shape[1]
         rotary = self._rotary(start, stop)
-        mask = _mask(document_ids_BT, start, stop, tokens_BT.device)
+        if cache is not None:
+            assert document_ids_BT is window is mask is None, "a cache holds one document per row, seen whole"
+            mask = _cached_mask(start, stop, tokens_BT.device)
+        elif mask is None:
+            mask = self.mask(tokens_BT, document_ids_BT, window)
         x_BTC = self.model.embed_tokens(tokens_BT)
         for number, block in enumerate(self.model.layers):
             x_BTC = block(x_BTC, rotary, mask, None if cache is None else cache.layer(number, stop))
@@ -85,6 +97,37 @@ class Decoder(nn.Module):
         if labels_BT is None:
             return self.lm_head(x_BTC)
         return summed_loss(x_BTC.flatten(0, 1), self.lm_head.weight, labels_BT.flatten())
+
+    def mask(self, tokens_BT: Tensor, document_ids_BT: Tensor | None = None, window: Tensor | None = None) -> Mask:
+        """Return who sees whom in `tokens_BT`, for `forward`: worked out once, and outside compiled code.
+
+        `document_ids_BT` and `window` may be on the CPU while the tokens are on a GPU.
+        """
+        if document_ids_BT is None and window is None:
+            return Causal()
+        rows, length = tokens_BT.shape
+        shape = {"rows": rows, "length": length, "device": tokens_BT.device, "dtype": self.lm_head.weight.dtype}
+        backend = self.attention_choice(length, windowed=window is not None).backend
+        return mask_for(backend, document_ids_BT, window, **shape)
+
+    def attention_choice(self, length: int, *, windowed: bool = False) -> Choice:
+        """Return how packed (or windowed) rows of `length` are attended to and why, where the model is now.
+
+        Raises:
+            RecipeError: `attention` names a back end that does not exist or cannot train here.
+        """
+        device, dtype = self.lm_head.weight.device, self.lm_head.weight.dtype
+        work = Work(
+            device.type,
+            dtype,
+            self.config.head_dim,
+            length,
+            windowed=windowed,
+            compiling=torch.compiler.is_compiling(),
+            threads=torch.get_num_threads(),
+            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0),
+        )
+        return choose(work, self.attention)
 
     def new_cache(self, *, rows: int = 1, capacity: int | None = None) -> Cache:
         """Return an empty cache for `rows` rows of at most `capacity` tokens (default: the trained length)."""
@@ -155,21 +198,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x_BTC: Tensor, rotary: Rotary, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, rotary: Rotary, mask: Mask, cache: LayerCache | None) -> Tensor:
         by_head = (*x_BTC.shape[:2], -1, self.head_dim)
         q_BHTD = rotary.turn(self.q_norm.widened(self.q_proj(x_BTC).view(by_head)), x_BTC.dtype).transpose(1, 2)
         k_BGSD = rotary.turn(self.k_norm.widened(self.k_proj(x_BTC).view(by_head)), x_BTC.dtype).transpose(1, 2)
         v_BGSD = self.v_proj(x_BTC).view(by_head).transpose(1, 2)
         if cache is not None:
             k_BGSD, v_BGSD = cache.extend(k_BGSD, v_BGSD)
-        out_BHTD = F.scaled_dot_product_attention(
-            q_BHTD,
-            k_BGSD,
-            v_BGSD,
-            attn_mask=mask,
-            is_causal=mask is None and q_BHTD.shape[2] == k_BGSD.shape[2],
-            enable_gqa=q_BHTD.shape[1] != k_BGSD.shape[1],
-        )
+        out_BHTD = mask.attend(q_BHTD, k_BGSD, v_BGSD)
         return self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
 
 
@@ -196,7 +232,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.width, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
 
-    def forward(self, x_BTC: Tensor, rotary: Rotary, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, rotary: Rotary, mask: Mask, cache: LayerCache | None) -> Tensor:
         x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rotary, mask, cache)
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
@@ -255,26 +291,31 @@ class LayerCache:
         return self.keys_BGSD, self.values_BGSD
 
 
-def loss_sum(model: nn.Module, tokens_BT: Tensor, labels_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
+def loss_sum(
+    model: nn.Module,
+    tokens_BT: Tensor,
+    labels_BT: Tensor,
+    document_ids_BT: Tensor | None = None,
+    window: Tensor | None = None,
+) -> Tensor:
     """Return the sum of -log p(label) over the positions that carry one.
 
-    A scalar in float32, or float64 for a float64 model.
+    A scalar in float32, or float64 for a float64 model. Who sees whom is worked out here, outside of what is compiled.
 
     Args:
         model: a `Decoder`, compiled or wrapped or not.
-        tokens_BT: inputs.  labels_BT: targets, -100 for none.  document_ids_BT: as in `Decoder.forward`.
+        tokens_BT: inputs.  labels_BT: targets, -100 for none.  document_ids_BT, window: as in `Decoder.forward`.
     """
-    return model(tokens_BT, document_ids_BT, labels_BT=labels_BT)
+    decoder = next(module for module in model.modules() if isinstance(module, Decoder))
+    return model(tokens_BT, labels_BT=labels_BT, mask=decoder.mask(tokens_BT, document_ids_BT, window))
 
 
-def _mask(document_ids_BT: Tensor | None, start: int, stop: int, device: torch.device) -> Tensor | None:
-    """Return which keys each query may see; None where that is plainly causal, or everything."""
-    if document_ids_BT is not None:
-        same = document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :]
-        return same & torch.ones(stop, stop, dtype=torch.bool, device=device).tril()
-    if start == 0 or stop - start == 1:
-        return None
-    return torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(start)
+def _cached_mask(start: int, stop: int, device: torch.device) -> Mask:
+    if start == 0:
+        return Causal()
+    if stop - start == 1:
+        return Pairs(None)
+    return Pairs(torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(start))
 
 
 def _rotary_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:

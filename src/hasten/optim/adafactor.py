@@ -20,10 +20,10 @@ from hasten.optim.shell import Params, RuledOptimizer
 PART = 1 << 18
 
 
-def matrix_squares(g: Tensor, row: Tensor, column: Tensor, *, least: float) -> dict[str, Tensor]:
-    """Return the squares of a matrix's update, to be summed."""
+def matrix_squares(p: Tensor, g: Tensor, row: Tensor, column: Tensor, *, least: float) -> dict[str, Tensor]:
+    """Return the squares of a matrix and of its update, to be summed."""
     update = g / torch.sqrt(torch.clamp_min(row * column, least))
-    return {"squares": update * update}
+    return {"weights": p * p, "updates": update * update}
 
 
 def matrix_step(
@@ -34,11 +34,13 @@ def matrix_step(
     return {"p": keep * p - step_size * update}
 
 
-def vector_squares(g: Tensor, variance: Tensor, *, old: float, new: float, least: float) -> dict[str, Tensor]:
-    """Return the new squared gradient of a vector, and the squares of its update, to be summed."""
+def vector_squares(
+    p: Tensor, g: Tensor, variance: Tensor, *, old: float, new: float, least: float
+) -> dict[str, Tensor]:
+    """Return the new squared gradient of a vector, and the squares of the vector and of its update, to be summed."""
     variance = old * variance + new * (g * g)
     update = g / torch.sqrt(torch.clamp_min(variance, least))
-    return {"variance": variance, "squares": update * update}
+    return {"variance": variance, "weights": p * p, "updates": update * update}
 
 
 def vector_step(
@@ -49,9 +51,9 @@ def vector_step(
 
 
 _ACROSS = {"by_row": ("row",), "by_column": ("column",)}
-MATRIX_SQUARES = Kernel(matrix_squares, ("g", "row", "column"), ("least",), **_ACROSS)
+MATRIX_SQUARES = Kernel(matrix_squares, ("p", "g", "row", "column"), ("least",), **_ACROSS)
 MATRIX_STEP = Kernel(matrix_step, ("p", "g", "row", "column"), ("least", "keep", "step_size"), **_ACROSS)
-VECTOR_SQUARES = Kernel(vector_squares, ("g", "variance"), ("old", "new", "least"))
+VECTOR_SQUARES = Kernel(vector_squares, ("p", "g", "variance"), ("old", "new", "least"))
 VECTOR_STEP = Kernel(vector_step, ("p", "g", "variance"), ("least", "keep", "step_size"))
 
 
@@ -73,29 +75,29 @@ def _step(work: Work, *, is_matrix: bool) -> None:
     if is_matrix:
         rows, columns = _factors(work, share, eps)
         extra, move = {"row": rows, "column": columns}, MATRIX_STEP
-        squares = apply(MATRIX_SQUARES, work, {"least": least}, extra)["squares"]
+        sums = apply(MATRIX_SQUARES, work, {"least": least}, extra)
     else:
         extra, move = {}, VECTOR_STEP
-        squares = apply(VECTOR_SQUARES, work, {"old": 1.0 - share, "new": share, "least": least})["squares"]
-    weights = _norms(local_parts(work.params)).square_()
-    updates = squares.to(weights.device)
-    elements = torch.tensor([float(p.numel()) for p in work.params], dtype=torch.float64, device=weights.device)
-    rms, size = (add_up(torch.cat([weights, updates]), [*work.params, *work.params]).view(2, -1) / elements).sqrt_()
+        sums = apply(VECTOR_SQUARES, work, {"old": 1.0 - share, "new": share, "least": least})
+    both = add_up(torch.cat([sums["weights"], sums["updates"]]), [*work.params, *work.params]).view(2, -1)
+    rms, size = both.div_(_sizes(tuple(map(Tensor.numel, work.params)), both.device)).sqrt_()
     rates = rms.clamp_(min=group["eps"][1]).mul_(min(lr, 1.0 / step**0.5)).div_(size.div_(group["d"]).clamp_(min=1.0))
     apply(move, work, {"least": least, "keep": 1.0 - decay_rate(group), "step_size": rates}, extra)
 
 
 def _factors(work: Work, share: float, eps: list[float]) -> tuple[list[Tensor], list[Tensor]]:
     """Take the gradients into the state; return what each row and each column of the estimated squares is made of."""
-    grads = [local(g) for g in work.grads]
-    row_vars = [local(state["row_var"]) for state in work.states]
-    column_vars = [local(state["col_var"]) for state in work.states]
-    found = [_squares(grad, _wide(p)) for p, grad in zip(work.params, grads, strict=True)]
-    rows, columns = [pair[0] for pair in found], [pair[1] for pair in found]
-    # Lists at once: these are small, and a call for each would be most of the time.
+    grads = local_parts(work.grads)
+    row_vars, column_vars = ([local(state[name]) for state in work.states] for name in ("row_var", "col_var"))
+    rows, columns = [], []
+    for p, grad in zip(work.params, grads, strict=True):
+        row, column = _squares(grad, _wide(p))
+        rows.append(row)
+        columns.append(column)
+    # Lists at once: these are small, and a call for each would be most of the time. So would be `mean` for sum.
     torch._foreach_div_(rows, [float(grad.shape[-1]) for grad in grads])
     torch._foreach_lerp_(row_vars, rows, share)
-    sums = [row_var.sum(dim=-2, keepdim=True) for row_var in row_vars]
+    sums = [row_var.sum(-2, keepdim=True) for row_var in row_vars]
     # Rows are what is sharded; in stacks of matrices they are the matrices, and each is whole.
     flat = [k for k, p in enumerate(work.params) if p.ndim == 2 and grads[k] is not work.grads[k]]
     if flat:
@@ -113,7 +115,7 @@ def _factors(work: Work, share: float, eps: list[float]) -> tuple[list[Tensor], 
 def _squares(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the sums of squares of every row and of every column, a part at a time so that no copy is kept."""
     if grad.numel() <= PART:
-        squares = grad.to(dtype).square()
+        squares = torch.square(grad if grad.dtype == dtype else grad.to(dtype))
         return squares.sum(-1, keepdim=True), squares.sum(-2, keepdim=True)
     height = max(1, PART // max(1, grad.numel() // max(1, grad.shape[-2])))
     rows, columns = [], None
@@ -125,11 +127,9 @@ def _squares(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.cat(rows, dim=-2), columns
 
 
-def _norms(weights: list[Tensor]) -> Tensor:
-    """Return the 2-norm of each, in float64."""
-    if {weight.dtype for weight in weights} <= {torch.float32, torch.float64}:
-        return torch.stack(torch._foreach_norm(weights)).double()
-    return torch.stack([torch.linalg.vector_norm(weight, dtype=_wide(weight)) for weight in weights]).double()
+@functools.lru_cache(64)
+def _sizes(elements: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(elements, dtype=torch.float64, device=device)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.optim import native
-from hasten.optim.elementwise import apply, decay_rate, stored, zeros
+from hasten.optim.elementwise import apply_each, decay_rate, stored, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
 from hasten.optim.sharding import local
@@ -49,31 +49,37 @@ KERNEL = Kernel(
 
 
 def _update(works: list[Work], *, is_decoupled: bool) -> None:
+    rest = []
     for work in works:
         if _takes_fused(work):
             _fused(work, is_decoupled=is_decoupled)
-            continue
-        group, (beta1, beta2) = work.group, work.group["betas"]
-        numbers = {
-            "keep": 1.0 - decay_rate(group) if is_decoupled else 1.0,
-            "coupled": 0.0 if is_decoupled else group["weight_decay"],
-            "beta1": beta1,
-            "rest1": 1.0 - beta1,
-            "beta2": beta2,
-            "rest2": 1.0 - beta2,
-            "root": math.sqrt(1.0 - beta2**work.step),
-            "eps": group["eps"],
-            "step_size": float(group["lr"]) / (1.0 - beta1**work.step),
-        }
-        apply(KERNEL, work, numbers)
+        else:
+            rest.append(work)
+    apply_each(rest, lambda work: (KERNEL, _numbers(work, is_decoupled=is_decoupled)))
+
+
+def _numbers(work: Work, *, is_decoupled: bool) -> dict[str, float]:
+    group, (beta1, beta2) = work.group, work.group["betas"]
+    return {
+        "keep": 1.0 - decay_rate(group) if is_decoupled else 1.0,
+        "coupled": 0.0 if is_decoupled else group["weight_decay"],
+        "beta1": beta1,
+        "rest1": 1.0 - beta1,
+        "beta2": beta2,
+        "rest2": 1.0 - beta2,
+        "root": math.sqrt(1.0 - beta2**work.step),
+        "eps": group["eps"],
+        "step_size": float(group["lr"]) / (1.0 - beta1**work.step),
+    }
 
 
 def _takes_fused(work: Work) -> bool:
     """Say whether torch's own fused kernel is taken: on CUDA, and on a CPU without a compiler."""
     device = work.params[0].device.type
+    if device != "cuda" and (device != "cpu" or native.compiler() is not None):
+        return False
     is_plain = all(p.dtype == g.dtype and p.dtype.itemsize >= 4 for p, g in zip(work.params, work.grads, strict=True))
-    is_plain = is_plain and work.group["state_format"] == "float32" and work.group["decay_follows_lr"]
-    return is_plain and (device == "cuda" or (device == "cpu" and native.compiler() is None))
+    return is_plain and work.group["state_format"] == "float32" and bool(work.group["decay_follows_lr"])
 
 
 def _fused(work: Work, *, is_decoupled: bool) -> None:

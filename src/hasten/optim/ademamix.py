@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError
-from hasten.optim.elementwise import apply, decay_rate, zeros
+from hasten.optim.elementwise import apply_each, decay_rate, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
 from hasten.optim.shell import Params, RuledOptimizer
@@ -96,26 +96,25 @@ def warmup_steps(group: Group, name: str) -> int | None:
     return round(value * group["total_steps"])
 
 
-def _update(works: list[Work]) -> None:
-    for work in works:
-        group, step = work.group, work.step
-        beta1, beta2, final_beta3 = group["betas"]
-        beta3 = warmed_beta3(step, final_beta3, warmup_steps(group, "beta3_warmup"), beta1)
-        numbers = {
-            "keep": 1.0 - decay_rate(group),
-            "lr": float(group["lr"]),
-            "beta1": beta1,
-            "rest1": 1.0 - beta1,
-            "beta2": beta2,
-            "rest2": 1.0 - beta2,
-            "beta3": beta3,
-            "rest3": 1.0 - beta3,
-            "correction1": 1.0 - beta1**step,
-            "root": math.sqrt(1.0 - beta2**step),
-            "eps": group["eps"],
-            "alpha": warmed_alpha(step, group["alpha"], warmup_steps(group, "alpha_warmup")),
-        }
-        apply(KERNEL, work, numbers)
+def _choose(work: Work) -> tuple[Kernel, dict[str, float]]:
+    group, step = work.group, work.step
+    beta1, beta2, final_beta3 = group["betas"]
+    beta3 = warmed_beta3(step, final_beta3, warmup_steps(group, "beta3_warmup"), beta1)
+    numbers = {
+        "keep": 1.0 - decay_rate(group),
+        "lr": float(group["lr"]),
+        "beta1": beta1,
+        "rest1": 1.0 - beta1,
+        "beta2": beta2,
+        "rest2": 1.0 - beta2,
+        "beta3": beta3,
+        "rest3": 1.0 - beta3,
+        "correction1": 1.0 - beta1**step,
+        "root": math.sqrt(1.0 - beta2**step),
+        "eps": group["eps"],
+        "alpha": warmed_alpha(step, group["alpha"], warmup_steps(group, "alpha_warmup")),
+    }
+    return KERNEL, numbers
 
 
 def _check(group: Group) -> None:
@@ -150,7 +149,7 @@ ADEMAMIX = Rule(
         "weight_decay": 0.0,
     },
     init=lambda p, group: zeros(p, group, "exp_avg", "exp_avg_slow", "exp_avg_sq", unsigned=("exp_avg_sq",)),
-    update=_update,
+    update=lambda works: apply_each(works, _choose),
     check=_check,
     has_8bit=True,
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.optim.elementwise import apply, decay_rate, zeros
+from hasten.optim.elementwise import apply_each, decay_rate, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
 from hasten.optim.shell import Params, RuledOptimizer
@@ -49,23 +49,21 @@ KERNEL = Kernel(
 )
 
 
-def _update(works: list[Work]) -> None:
-    for work in works:
-        if work.step == 1:
-            apply(FIRST, work, {})
-            continue
-        group, (beta1, beta2) = work.group, work.group["betas"]
-        numbers = {
-            "keep": 1.0 - decay_rate(group),
-            "lr": float(group["lr"]),
-            "beta1": beta1,
-            "rest1": 1.0 - beta1,
-            "beta2": beta2,
-            "rest2": 1.0 - beta2,
-            "eps": group["eps"],
-            "limit": float(work.step - 1) ** group["clip_exponent"],
-        }
-        apply(KERNEL, work, numbers)
+def _choose(work: Work) -> tuple[Kernel, dict[str, float]]:
+    if work.step == 1:
+        return FIRST, {}
+    group, (beta1, beta2) = work.group, work.group["betas"]
+    numbers = {
+        "keep": 1.0 - decay_rate(group),
+        "lr": float(group["lr"]),
+        "beta1": beta1,
+        "rest1": 1.0 - beta1,
+        "beta2": beta2,
+        "rest2": 1.0 - beta2,
+        "eps": group["eps"],
+        "limit": float(work.step - 1) ** group["clip_exponent"],
+    }
+    return KERNEL, numbers
 
 
 def _check(group: Group) -> None:
@@ -78,7 +76,7 @@ ADOPT_RULE = Rule(
     name="adopt",
     settings={"lr": 1e-3, "betas": (0.9, 0.9999), "eps": 1e-6, "clip_exponent": 0.25, "weight_decay": 0.0},
     init=lambda parameter, group: zeros(parameter, group, "exp_avg", "exp_avg_sq"),
-    update=_update,
+    update=lambda works: apply_each(works, _choose),
     check=_check,
 )
 

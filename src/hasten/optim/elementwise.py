@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -96,7 +96,38 @@ def apply(
         scalars: numbers by name; one value, or one for each parameter.
         extra: more lists of local tensors by name, for what is not state.
     """
-    tensors: dict[str, Sequence[Stored]] = dict(extra or {})
+    tensors = _tensors(kernel, work, extra or {})
+    mode, is_packed = work.group["rounding"], work.group["state_format"] == "8bit"
+    if mode == "nearest" and not is_packed:
+        return kernel(tensors, scalars)
+    is_random = mode == "stochastic" or is_packed
+    seed = mix_number(work.group["seed"] * 0x9E3779B9 + work.step) if is_random else 0
+    return kernel(tensors, scalars, rounding=Rounding(mode, seed), low=remainders(work))
+
+
+def apply_each(works: Sequence[Work], choose: Callable[[Work], tuple[Kernel, Mapping[str, float]]]) -> None:
+    """Run over every work the kernel chosen for it, with its numbers; those of one kernel together where that is more.
+
+    Groups that differ in their numbers only, with and without decay, are one call of machine code.
+
+    Args:
+        works: what to update.
+        choose: returns a kernel that sums nothing, and its numbers.
+    """
+    together: dict[Kernel, list[tuple[Mapping[str, Sequence[Tensor]], Mapping[str, float]]]] = {}
+    for work in works:
+        kernel, numbers = choose(work)
+        if work.group["rounding"] == "nearest" and work.group["state_format"] != "8bit":
+            together.setdefault(kernel, []).append((_tensors(kernel, work, {}), numbers))
+        else:
+            apply(kernel, work, numbers)
+    for kernel, parts in together.items():
+        kernel.each(parts)
+
+
+def _tensors(kernel: Kernel, work: Work, extra: Mapping[str, Sequence[Tensor]]) -> dict[str, Sequence[Stored]]:
+    """Return the local tensors that `kernel` takes, by name."""
+    tensors: dict[str, Sequence[Stored]] = dict(extra)
     for name in kernel.tensors:
         if name == "p":
             tensors[name] = local_parts(work.params)
@@ -104,9 +135,4 @@ def apply(
             tensors[name] = local_parts(work.grads)
         elif name not in tensors:
             tensors[name] = stored(work, name)
-    mode, is_packed = work.group["rounding"], work.group["state_format"] == "8bit"
-    if mode == "nearest" and not is_packed:
-        return kernel(tensors, scalars)
-    is_random = mode == "stochastic" or is_packed
-    seed = mix_number(work.group["seed"] * 0x9E3779B9 + work.step) if is_random else 0
-    return kernel(tensors, scalars, rounding=Rounding(mode, seed), low=remainders(work))
+    return tensors

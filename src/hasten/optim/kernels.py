@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import functools
+import operator
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,7 +102,7 @@ class Kernel:
         lists = [tensors[name] for name in self.tensors]
         if not lists[0]:
             return {name: torch.zeros(0, dtype=torch.float64) for name in self.sums}
-        common = _common_signature(lists, rounding)
+        common = _common_signature(lists) if rounding.mode == "nearest" else None
         if common is not None:
             return self._run(common, lists, scalars, rounding, low)
         storage = [_signature(row, rounding, self.tensors) for row in zip(*lists, strict=True)]
@@ -119,6 +120,31 @@ class Kernel:
                 found[name] = found[name].to(values.device)
                 found[name][places] = values
         return found
+
+    def each(self, parts: Sequence[tuple[Mapping[str, Sequence[Tensor]], Mapping[str, float]]]) -> None:
+        """Update several lists of tensors, each with numbers of its own, and sum nothing.
+
+        On a CPU that is one call of machine code where all are stored alike: for few small tensors a call costs more
+        than its work.
+
+        Args:
+            parts: tensors and scalars as for a call.
+        """
+        if len(parts) > 1 and _PATH.get() in ("auto", "native"):
+            lists = [[tensor for tensors, _ in parts for tensor in tensors[name]] for name in self.tensors]
+            common = _common_signature(lists)
+            run = _native(self, common[:-1]) if common is not None and common[-1] == "cpu" else None
+            if run is not None:
+                numbers, pointers = array.array("d"), array.array("Q")
+                for tensors, scalars in parts:
+                    row = [scalars[name] for name in self.scalars]
+                    numbers.extend(row * len(tensors[self.tensors[0]]))
+                for values in lists:
+                    pointers.extend(map(Tensor.data_ptr, values))
+                self._call(run, self._shapes(common, lists), pointers, numbers, len(self.scalars))
+                return
+        for tensors, scalars in parts:
+            self(tensors, scalars)
 
     def _run(
         self,
@@ -157,11 +183,10 @@ class Kernel:
             if kind in _PACKED:
                 pointers.extend([v.codes.data_ptr() for v in values] + [v.scales.data_ptr() for v in values])
             else:
-                pointers.extend([v.data_ptr() for v in values])
+                pointers.extend(map(Tensor.data_ptr, values))
             if kind == "kahan":
                 assert low is not None
-                pointers.extend([v.data_ptr() for v in low])
-        elements, shape = self._shapes(kinds, lists)
+                pointers.extend(map(Tensor.data_ptr, low))
         stride = 0
         if any(type(value) is Tensor for value in scalars.values()):
             stride = len(self.scalars)
@@ -170,6 +195,28 @@ class Kernel:
             numbers = array.array("d", [x for row in zip(*table, strict=True) for x in row])
         else:
             numbers = array.array("d", [scalars[name] for name in self.scalars])
+        return self._call(run, self._shapes(kinds, lists), pointers, numbers, stride, rounding.seed)
+
+    def _call(
+        self,
+        run: Callable[..., None],
+        shapes: tuple[int, int, array.array],
+        pointers: array.array,
+        numbers: array.array,
+        stride: int,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """Run machine code.
+
+        Args:
+            run: from `native.load`.
+            shapes: number of tensors, number of elements, and rows, columns and rows of one matrix of every tensor.
+            pointers: to the tensors, list by list.
+            numbers: the scalars.
+            stride: how many numbers further those of the next tensor are; 0 where all have the same.
+            seed: of the random numbers.
+        """
+        count, elements, shape = shapes
         sums = torch.empty(count, len(self.sums), dtype=torch.float64) if self.sums else None
         run(
             count,
@@ -178,19 +225,20 @@ class Kernel:
             numbers.buffer_info()[0],
             stride,
             None if sums is None else sums.data_ptr(),
-            rounding.seed & 0xFFFFFFFF,
+            seed & 0xFFFFFFFF,
             torch.get_num_threads() if elements > 2 * native.BLOCK else 1,
         )
-        return {name: sums[:, place] for place, name in enumerate(self.sums)}
+        return {} if sums is None else {name: sums[:, place] for place, name in enumerate(self.sums)}
 
-    def _shapes(self, kinds: Sequence[str], lists: list[Sequence[Stored]]) -> tuple[int, array.array]:
-        """Return how many elements there are, and of every parameter its rows, columns and rows of one matrix."""
-        packed = next((values for kind, values in zip(kinds, lists, strict=True) if kind in _PACKED), None)
+    def _shapes(self, kinds: Sequence[str], lists: list[Sequence[Stored]]) -> tuple[int, int, array.array]:
+        """Return the number of tensors, of elements, and of every tensor its rows, columns and rows of one matrix."""
+        packed = next((values for kind, values in zip(kinds, lists, strict=False) if kind in _PACKED), None)
         if packed is None and not self.by_row:
-            return _flat_shapes(tuple([v.numel() for v in lists[0]]))
+            return _flat_shapes(tuple(map(Tensor.numel, lists[0])))
         shapes = [v.shape for v in lists[0]] if packed is None else [v.codes.shape for v in packed]
         rows = [(s.numel() // s[-1] if s[-1] else 0, s[-1], s[-2] if len(s) > 1 else 1) for s in shapes]
-        return sum(s.numel() for s in shapes), array.array("q", [number for row in rows for number in row])
+        numbers = array.array("q", [number for row in rows for number in row])
+        return len(shapes), sum(s.numel() for s in shapes), numbers
 
     # --- torch.compile ----------------------------------------------------------------------------------------------
 
@@ -243,21 +291,21 @@ class Kernel:
                 torch._foreach_copy_([t.view(-1) for t in tensors], list(new[name].split(sizes)))
 
 
-def _common_signature(lists: Sequence[Sequence[Stored]], rounding: Rounding) -> tuple[str, ...] | None:
+def _common_signature(lists: Sequence[Sequence[Stored]]) -> tuple[str, ...] | None:
     """Return the signature that all rows have, looked up column by column; None where rows may differ.
 
-    The usual case, and most of what a step of few small tensors costs.
+    The usual case, and most of what a step of few small tensors costs: hence `map` and no calls of Python functions.
     """
-    if rounding.mode != "nearest":
-        return None
     kinds = []
     for values in lists:
-        if Packed in {type(tensor) for tensor in values}:
+        if Packed in set(map(type, values)):
             return None
-        dtypes = {tensor.dtype for tensor in values}
-        if len(dtypes) > 1 or not all(tensor.is_contiguous() for tensor in values):
+        dtypes = set(map(_dtype, values))
+        if len(dtypes) > 1 or not all(map(Tensor.is_contiguous, values)):
             return None
         kinds.append(_DTYPES.get(dtypes.pop(), "other"))
+    if all(map(_is_cpu, lists[0])):
+        return (*kinds, "cpu")
     devices = {tensor.device for tensor in lists[0]}
     return (*kinds, devices.pop().type) if len(devices) == 1 else None
 
@@ -278,13 +326,14 @@ def _signature(row: Sequence[Stored], rounding: Rounding, names: Sequence[str]) 
     return (*kinds, device)
 
 
+_dtype, _is_cpu = operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
 _PACKED = ("signed8", "unsigned8")
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 @functools.lru_cache(256)
-def _flat_shapes(sizes: tuple[int, ...]) -> tuple[int, array.array]:
-    return sum(sizes), array.array("q", [number for size in sizes for number in (1, size, 1)])
+def _flat_shapes(sizes: tuple[int, ...]) -> tuple[int, int, array.array]:
+    return len(sizes), sum(sizes), array.array("q", [number for size in sizes for number in (1, size, 1)])
 
 
 @functools.cache

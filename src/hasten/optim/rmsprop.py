@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.optim.elementwise import apply, zeros
+from hasten.optim.elementwise import apply_each, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_number
 from hasten.optim.shell import Params, RuledOptimizer
@@ -72,19 +72,18 @@ def _kernel(group: Group) -> Kernel:
     return KERNELS[bool(group["centered"]), group["momentum"] > 0]
 
 
-def _update(works: list[Work]) -> None:
-    for work in works:
-        group = work.group
-        numbers = {
-            "coupled": group["weight_decay"],
-            "lr": float(group["lr"]),
-            "alpha": group["alpha"],
-            "rest": 1.0 - group["alpha"],
-            "eps": group["eps"],
-            "momentum": group["momentum"],
-        }
-        kernel = _kernel(group)
-        apply(kernel, work, {name: numbers[name] for name in kernel.scalars})
+def _choose(work: Work) -> tuple[Kernel, dict[str, float]]:
+    group = work.group
+    numbers = {
+        "coupled": group["weight_decay"],
+        "lr": float(group["lr"]),
+        "alpha": group["alpha"],
+        "rest": 1.0 - group["alpha"],
+        "eps": group["eps"],
+        "momentum": group["momentum"],
+    }
+    kernel = _kernel(group)
+    return kernel, {name: numbers[name] for name in kernel.scalars}
 
 
 def _init(parameter: Tensor, group: Group) -> dict[str, Tensor]:
@@ -101,7 +100,7 @@ RMSPROP = Rule(
     name="rmsprop",
     settings={"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "momentum": 0.0, "centered": False, "weight_decay": 0.0},
     init=_init,
-    update=_update,
+    update=lambda works: apply_each(works, _choose),
     check=_check,
     is_coupled=True,
 )

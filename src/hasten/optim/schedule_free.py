@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError
-from hasten.optim.elementwise import LOW, apply, decay_rate, wide_zeros, zeros
+from hasten.optim.elementwise import LOW, apply_each, decay_rate, wide_zeros, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
 from hasten.optim.sharding import local
@@ -46,23 +46,22 @@ KERNEL = Kernel(
 )
 
 
-def _update(works: list[Work]) -> None:
-    for work in works:
-        group, (beta1, beta2) = work.group, work.group["betas"]
-        lr, weight = _warmed(group, group["k"]), _weight(group)
-        share = weight / group["weight_sum"] if group["weight_sum"] > 0 else 0.0
-        numbers = {
-            "beta2": beta2,
-            "rest2": 1.0 - beta2,
-            "root": math.sqrt(1.0 - beta2**work.step),
-            "eps": group["eps"],
-            "decay": decay_rate(group) / float(group["lr"]) if float(group["lr"]) > 0 else 0.0,
-            "share": share,
-            "kept": 1.0 - share,
-            "ahead": lr * (beta1 * (1.0 - share) - 1.0),
-            "lr": lr,
-        }
-        apply(KERNEL, work, numbers)
+def _choose(work: Work) -> tuple[Kernel, dict[str, float]]:
+    group, (beta1, beta2) = work.group, work.group["betas"]
+    lr, weight = _warmed(group, group["k"]), _weight(group)
+    share = weight / group["weight_sum"] if group["weight_sum"] > 0 else 0.0
+    numbers = {
+        "beta2": beta2,
+        "rest2": 1.0 - beta2,
+        "root": math.sqrt(1.0 - beta2**work.step),
+        "eps": group["eps"],
+        "decay": decay_rate(group) / float(group["lr"]) if float(group["lr"]) > 0 else 0.0,
+        "share": share,
+        "kept": 1.0 - share,
+        "ahead": lr * (beta1 * (1.0 - share) - 1.0),
+        "lr": lr,
+    }
+    return KERNEL, numbers
 
 
 def _advance(groups: list[Group]) -> None:
@@ -125,7 +124,7 @@ SCHEDULE_FREE = Rule(
         "lr_max": 0.0,
     },
     init=_init,
-    update=_update,
+    update=lambda works: apply_each(works, _choose),
     check=_check,
     before=_advance,
     averaged=_averaged,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hasten.errors import RecipeError
-from hasten.optim.elementwise import apply, remainder, zeros
+from hasten.optim.elementwise import apply_each, remainder, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_number
 from hasten.optim.shell import Params, RuledOptimizer
@@ -41,19 +41,14 @@ MOMENTUM = Kernel(momentum_step, ("p", "g", "momentum_buffer"), ("coupled", "lr"
 NESTEROV = Kernel(nesterov_step, ("p", "g", "momentum_buffer"), ("coupled", "lr", "old", "new", "ahead"))
 
 
-def _update(works: list[Work]) -> None:
-    for work in works:
-        group, momentum = work.group, work.group["momentum"]
-        numbers = {"coupled": group["weight_decay"], "lr": float(group["lr"])}
-        if momentum == 0:
-            apply(PLAIN, work, numbers)
-            continue
-        is_first = work.step == 1  # The buffer begins as the gradient, not as a part of it.
-        numbers |= {"old": 0.0 if is_first else momentum, "new": 1.0 if is_first else 1.0 - group["dampening"]}
-        if group["nesterov"]:
-            apply(NESTEROV, work, {**numbers, "ahead": momentum})
-        else:
-            apply(MOMENTUM, work, numbers)
+def _choose(work: Work) -> tuple[Kernel, dict[str, float]]:
+    group, momentum = work.group, work.group["momentum"]
+    numbers = {"coupled": group["weight_decay"], "lr": float(group["lr"])}
+    if momentum == 0:
+        return PLAIN, numbers
+    is_first = work.step == 1  # The buffer begins as the gradient, not as a part of it.
+    numbers |= {"old": 0.0 if is_first else momentum, "new": 1.0 if is_first else 1.0 - group["dampening"]}
+    return (NESTEROV, {**numbers, "ahead": momentum}) if group["nesterov"] else (MOMENTUM, numbers)
 
 
 def _init(parameter: Tensor, group: Group) -> dict[str, Tensor]:
@@ -73,7 +68,7 @@ SGD_RULE = Rule(
     name="sgd",
     settings={"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0},
     init=_init,
-    update=_update,
+    update=lambda works: apply_each(works, _choose),
     check=_check,
     is_coupled=True,
 )

@@ -71,7 +71,7 @@ def add_up_each(values: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tens
 
 def local_parts(tensors: list[Tensor]) -> list[Tensor]:
     """Return `local` of each."""
-    if any(_is_sharded(kind) for kind in {type(tensor) for tensor in tensors}):
+    if any(map(_is_sharded, set(map(type, tensors)))):
         return [local(tensor) for tensor in tensors]
     return tensors
 

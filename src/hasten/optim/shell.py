@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -11,37 +10,14 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError, nearest
-from hasten.optim.modifiers import MODIFIERS, check_modifiers, is_modified, modified_update
+from hasten.optim.modifiers import is_modified, modified_update
 from hasten.optim.plan import Plan
 from hasten.optim.plan import plan as make_plan
-from hasten.optim.rule import Group, Rule, Work, check_number
+from hasten.optim.rule import Group, Rule, Work
+from hasten.optim.settings import COMMON, NOTES, check_settings
 from hasten.optim.sharding import local
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
-
-# Settings that every group has, whatever its rule.
-COMMON: dict[str, Any] = {
-    "decay_follows_lr": True,
-    "rounding": "nearest",
-    "seed": 0,
-    "state_format": "float32",
-    **MODIFIERS,
-}
-# What groups may carry besides: names for people, torch's own and the group builder's.
-NOTES = (
-    "params",
-    "param_names",
-    "rule",
-    "name",
-    "kind",
-    "parameter_names",
-    "lr_scale",
-    "initial_lr",
-    "split_sizes",
-    "split_dim",
-)
-ROUNDINGS = ("nearest", "stochastic", "kahan")
-FORMATS = ("float32", "8bit")
 
 
 class RuledOptimizer(torch.optim.Optimizer):
@@ -134,7 +110,7 @@ class RuledOptimizer(torch.optim.Optimizer):
             inherited = self._settings if rule.name == main.name else self._for_the_rest(rule, main)
             for key, default in {**rule.settings, **COMMON}.items():
                 group.setdefault(key, inherited.get(key, default))
-            _check(group, rule)
+            check_settings(group, rule)
             self._refuse_parameters(group)
             super().add_param_group(group)
 
@@ -193,17 +169,23 @@ class RuledOptimizer(torch.optim.Optimizer):
     def _update(self) -> None:
         """Let every rule update what it has."""
         works = self._works()
-        for name in dict.fromkeys(group["rule"] for group in self.param_groups):
+        for name in dict.fromkeys([group["rule"] for group in self.param_groups]):
             rule = _rule(name)
             if rule.before is not None:
                 rule.before([group for group in self.param_groups if group["rule"] == name])
-            mine = [work for work in works if work.group["rule"] == name]
-            if plain := [work for work in mine if not is_modified(work.group, rule)]:
+            plain: list[Work] = []
+            modified: list[Work] = []
+            for work in works:
+                if work.group["rule"] == name:
+                    (modified if is_modified(work.group, rule) else plain).append(work)
+            if plain:
                 rule.update(plain)
-            if modified := [work for work in mine if is_modified(work.group, rule)]:
+            if modified:
                 modified_update(rule, modified)
         for work in works:
-            work.states[0]["step"] += 1.0
+            # Through numpy, as in `_works`: by torch it would be a tenth of a step of few small tensors.
+            count = work.states[0]["step"].numpy()
+            count += 1.0
 
     def _works(self) -> list[Work]:
         """Return what there is to update, by group and by how often it was updated; new parameters get their state.
@@ -211,13 +193,14 @@ class RuledOptimizer(torch.optim.Optimizer):
         Parameters that were always updated together share one ``step`` tensor, which is counted up once.
         """
         works: list[Work] = []
+        states = self.state
         for group in self.param_groups:
             by_step: dict[int, Work] = {}
             fresh: Tensor | None = None
             idle: list[dict[str, Tensor]] = []
             for parameter in group["params"]:
                 grad = parameter.grad
-                state = self.state.get(parameter)
+                state = states.get(parameter)
                 if grad is None:
                     if state:
                         idle.append(state)
@@ -383,18 +366,3 @@ def _state_bytes(parameter: Tensor, group: Group) -> int:
     state = _rule(group["rule"]).init(bare, group)
     ema = parameter.numel() * 4 if group["ema"] else 0
     return ema + sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-
-
-def _check(group: Group, rule: Rule) -> None:
-    for name in ("lr", "weight_decay"):
-        if not isinstance(group[name], Tensor):
-            check_number(group, name)
-    for name, allowed in (("rounding", ROUNDINGS), ("state_format", FORMATS)):
-        if group[name] not in allowed:
-            near = difflib.get_close_matches(str(group[name]), allowed, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise RecipeError(f"optimizer.{name}={group[name]!r} is unknown{hint}; give one of {', '.join(allowed)}.")
-    if group["state_format"] == "8bit" and not rule.has_8bit:
-        raise RecipeError(f"optimizer.state_format='8bit' is not to be had for {rule.name}; leave it out.")
-    check_modifiers(group, rule)
-    rule.check(group)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.optim.elementwise import apply, decay_rate, zeros
+from hasten.optim.elementwise import apply_each, decay_rate, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
 from hasten.optim.shell import Params, RuledOptimizer
@@ -52,28 +52,22 @@ SIGNUM_KERNEL = Kernel(signum_step, ("p", "g", "momentum_buffer"), ("keep", "lr"
 PLAIN_SIGNUM_KERNEL = Kernel(plain_signum_step, ("p", "g", "momentum_buffer"), ("keep", "lr", "momentum"))
 
 
-def _lion(works: list[Work]) -> None:
-    for work in works:
-        group, (beta1, beta2) = work.group, work.group["betas"]
-        numbers = {
-            "keep": 1.0 - decay_rate(group),
-            "lr": float(group["lr"]),
-            "beta1": beta1,
-            "rest1": 1.0 - beta1,
-            "beta2": beta2,
-            "rest2": 1.0 - beta2,
-        }
-        apply(LION_KERNEL, work, numbers)
+def _lion(work: Work) -> tuple[Kernel, dict[str, float]]:
+    group, (beta1, beta2) = work.group, work.group["betas"]
+    return LION_KERNEL, {
+        "keep": 1.0 - decay_rate(group),
+        "lr": float(group["lr"]),
+        "beta1": beta1,
+        "rest1": 1.0 - beta1,
+        "beta2": beta2,
+        "rest2": 1.0 - beta2,
+    }
 
 
-def _signum(works: list[Work]) -> None:
-    for work in works:
-        group, momentum = work.group, work.group["momentum"]
-        numbers = {"keep": 1.0 - decay_rate(group), "lr": float(group["lr"]), "momentum": momentum}
-        if group["nesterov"]:
-            apply(SIGNUM_KERNEL, work, {**numbers, "ahead": momentum})
-        else:
-            apply(PLAIN_SIGNUM_KERNEL, work, numbers)
+def _signum(work: Work) -> tuple[Kernel, dict[str, float]]:
+    group, momentum = work.group, work.group["momentum"]
+    numbers = {"keep": 1.0 - decay_rate(group), "lr": float(group["lr"]), "momentum": momentum}
+    return (SIGNUM_KERNEL, {**numbers, "ahead": momentum}) if group["nesterov"] else (PLAIN_SIGNUM_KERNEL, numbers)
 
 
 def _check_signum(group: Group) -> None:
@@ -84,7 +78,7 @@ LION = Rule(
     name="lion",
     settings={"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
     init=lambda parameter, group: zeros(parameter, group, "exp_avg"),
-    update=_lion,
+    update=lambda works: apply_each(works, _lion),
     check=check_betas,
     has_8bit=True,
 )
@@ -92,7 +86,7 @@ SIGNUM = Rule(
     name="signum",
     settings={"lr": 1e-4, "momentum": 0.95, "nesterov": True, "weight_decay": 0.0},
     init=lambda parameter, group: zeros(parameter, group, "momentum_buffer"),
-    update=_signum,
+    update=lambda works: apply_each(works, _signum),
     check=_check_signum,
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError
-from hasten.optim.elementwise import apply, decay_rate, zeros
+from hasten.optim.elementwise import apply, apply_each, decay_rate, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
 from hasten.optim.shell import Params, RuledOptimizer
@@ -43,18 +43,17 @@ KERNEL = Kernel(sophia_step, ("p", "g", "exp_avg", "hessian"), ("keep", "lr", "b
 ESTIMATE = Kernel(estimate_step, ("g", "hessian"), ("beta2", "rest2"))
 
 
-def _update(works: list[Work]) -> None:
-    for work in works:
-        group, beta1 = work.group, work.group["betas"][0]
-        numbers = {
-            "keep": 1.0 - decay_rate(group),
-            "lr": float(group["lr"]),
-            "beta1": beta1,
-            "rest1": 1.0 - beta1,
-            "scale": group["rho"] * group["batch_tokens"],
-            "least": 1e-15,
-        }
-        apply(KERNEL, work, numbers)
+def _choose(work: Work) -> tuple[Kernel, dict[str, float]]:
+    group, beta1 = work.group, work.group["betas"][0]
+    numbers = {
+        "keep": 1.0 - decay_rate(group),
+        "lr": float(group["lr"]),
+        "beta1": beta1,
+        "rest1": 1.0 - beta1,
+        "scale": group["rho"] * group["batch_tokens"],
+        "least": 1e-15,
+    }
+    return KERNEL, numbers
 
 
 def _estimate(works: list[Work]) -> None:
@@ -82,7 +81,7 @@ SOPHIA = Rule(
         "weight_decay": 0.1,
     },
     init=lambda parameter, group: zeros(parameter, group, "exp_avg", "hessian"),
-    update=_update,
+    update=lambda works: apply_each(works, _choose),
     check=_check,
     estimate=_estimate,
 )

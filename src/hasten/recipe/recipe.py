@@ -27,7 +27,7 @@ from hasten.recipe.choices import (
 )
 from hasten.recipe.data import DataChoices
 from hasten.recipe.fields import Choices, Span, Text
-from hasten.recipe.lengths import BatchChoices, ConstantLengths
+from hasten.recipe.lengths import BatchChoices, ConstantLengths, Lengths
 from hasten.recipe.names import Given
 from hasten.recipe.optimizers import AdamWChoices, Optimizers
 from hasten.recipe.schedules import CosineChoices, Schedules
@@ -51,11 +51,13 @@ class Recipe(Choices):
         threads: CPU threads; PyTorch's own choice when it is not given.
         out: the run folder; ``runs/<default_run_name>`` when it is not given.
         init_from: a run folder or an exported model to start from.
+        branch_from: a run folder; the run begins at a checkpoint of it, its optimizer and place in the data included.
+        branch_step: the optimizer step of that checkpoint.
     """
 
     data: DataChoices = DataChoices()
     model: ModelChoices = ModelChoices()
-    lengths: ConstantLengths = ConstantLengths()
+    lengths: Lengths = ConstantLengths()
     batch: BatchChoices = BatchChoices()
     optimizer: Optimizers = AdamWChoices()
     schedule: Schedules = CosineChoices()
@@ -73,6 +75,8 @@ class Recipe(Choices):
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     out: Text | None = None
     init_from: Text | None = None
+    branch_from: Text | None = None
+    branch_step: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -1,65 +1,26 @@
-"""What can be refused or warned about before the first step.
-
-`check_machine` needs the recipe alone, before any text is read; `check` needs the prepared data too. Both are pure:
-what they are told is in `Machine` and `Facts`, so that they can be asked about any machine and any corpus.
-"""
+"""What is wrong or doubtful about a recipe with its data and model: all that can be known before the first step."""
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import statistics
-import sys
-import sysconfig
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Literal
 
-from hasten.errors import printable
+from hasten.checks.findings import Finding, error, warning, worst_first
 from hasten.recipe import Recipe
 
 # Up to here repeated data is worth nearly as much as fresh data: Muennighoff et al. 2023, arXiv:2305.16264.
 EPOCHS_WORTH_FRESH_DATA = 4
 # Fewer steps than this show a program that runs, not a model that learns.
 FEWEST_STEPS = 20
-# A product this much slower than in float32 is no speed-up. Without bf16 instructions we measured 70 (AVX2, 2 cores).
-SLOW = 1.2
 # Bytes of the float32 master weights of a checkpoint, and of the export while it is written beside an older one.
 WEIGHT_BYTES, EXPORT_BYTES = 4, 8
 # Share of a training token's cost that an evaluated one has (no backward pass); warn where the sum passes this share.
 FORWARD_SHARE, EVALUATION_SHARE = 0.35, 0.25
 FEWEST_VAL_TOKENS = 1000
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing to know before the first step: an ``error`` stops the run, a ``warning`` is told."""
-
-    level: Literal["error", "warning"]
-    message: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a machine offers a run.
-
-    Args:
-        cuda_devices: number of CUDA devices.
-        has_mps: whether Apple's GPU backend is there.
-        has_compiler: whether `torch.compile` has what it needs.
-        cores: CPU cores this process may use.
-        slowdown: time of a matrix product on the CPU in the recipe's precision, in float32's.
-    """
-
-    cuda_devices: int = 0
-    has_mps: bool = False
-    has_compiler: bool = True
-    cores: int = 1
-    slowdown: float = 1.0
+# Below this share of a step's work, attention over the row is too little for shorter rows to save anything that can be
+# measured; below this share of full-length steps at the end, a model hardly learns to use its full length.
+ATTENTION_SHARE, FULL_LENGTH_SHARE = 0.06, 0.1
 
 
 @dataclass(frozen=True)
@@ -74,6 +35,10 @@ class Facts:
         free_bytes: space left on the run folder's disk.
         state_bytes: of the optimizer.
         optimizer_warnings: what the optimizer's own plan warns about.
+        width: of the model; 0 where it is not known.
+        micro_rows: rows of a micro-batch.
+        steps_per_epoch: optimizer steps of one pass over the data; None where it is not known.
+        on_cpu: whether the run is on a CPU.
     """
 
     vocab_size: int
@@ -84,11 +49,10 @@ class Facts:
     free_bytes: int
     state_bytes: int = 0
     optimizer_warnings: tuple[str, ...] = ()
-
-
-def check_machine(recipe: Recipe, machine: Machine) -> list[Finding]:
-    """Return what is wrong or doubtful about `recipe` on `machine`, errors first."""
-    return _sorted([*_device(recipe, machine), *_compiler(recipe, machine), *_processor(recipe, machine)])
+    width: int = 0
+    micro_rows: int = 1
+    steps_per_epoch: float | None = None
+    on_cpu: bool = True
 
 
 def check(recipe: Recipe, facts: Facts) -> list[Finding]:
@@ -97,139 +61,41 @@ def check(recipe: Recipe, facts: Facts) -> list[Finding]:
     What needs `facts.total_steps` is left out while that is None; ask `check_horizon` once it is planned.
     """
     findings = [*_rows(recipe, facts), *_vocabulary(recipe, facts), *_schedule(recipe), *_disk(recipe, facts)]
-    findings += [_warning(f"{text[0].upper()}{text[1:]}") for text in facts.optimizer_warnings]
-    return _sorted([*findings, *check_horizon(recipe, facts)])
+    findings += [warning(f"{text[0].upper()}{text[1:]}") for text in facts.optimizer_warnings]
+    return worst_first([*findings, *check_horizon(recipe, facts)])
 
 
 def check_horizon(recipe: Recipe, facts: Facts) -> list[Finding]:
     """Return what is doubtful about the number of steps that a run takes; nothing while it is unknown."""
     if facts.total_steps is None:
         return []
-    return _sorted([*_steps(recipe, facts, facts.total_steps), *_evaluation(recipe, facts, facts.total_steps)])
-
-
-def this_machine(recipe: Recipe) -> Machine:
-    """Return what this machine offers; a reduced precision on a CPU is measured, which takes up to half a second."""
-    import torch
-
-    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    on_cpu = recipe.device == "cpu" or (recipe.device == "auto" and not cuda)
-    return Machine(
-        cuda_devices=cuda,
-        has_mps=torch.backends.mps.is_available(),
-        has_compiler=compiler_found("cpu" if on_cpu else "cuda"),
-        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
-        slowdown=_slowdown(recipe.precision.name) if on_cpu else 1.0,
-    )
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the space left on the disk that `folder` lies on, or will lie on."""
-    folder = folder.absolute()
-    return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
-
-
-def compiler_found(device: str) -> bool:
-    """Say whether `torch.compile` has what it needs: a C++ compiler and Python's headers, or Triton on a GPU."""
-    if device == "cuda":
-        import torch
-
-        return torch.utils._triton.has_triton()
-    has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    return has_compiler and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
-
-
-def _slowdown(precision: str) -> float:
-    """Measure a matrix product of a small model's shape in `precision` against float32, on the CPU.
-
-    The capability flags that PyTorch offers differ between versions and do not tell instructions from emulation.
-    """
-    import torch
-
-    dtypes = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision == "float32":
-        return 1.0
-    seconds = {}
-    for dtype in (torch.float32, dtypes[precision]):
-        a_TC, b_CF = torch.ones(256, 128, dtype=dtype), torch.ones(128, 384, dtype=dtype)
-        torch.mm(a_TC, b_CF)
-        seconds[dtype] = statistics.median(_timed(partial(torch.mm, a_TC, b_CF)) for _ in range(5))
-    return seconds[dtypes[precision]] / seconds[torch.float32]
-
-
-def _timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def _sorted(findings: list[Finding]) -> list[Finding]:
-    return sorted(findings, key=lambda finding: finding.level != "error")
-
-
-def _error(message: str) -> Finding:
-    return Finding("error", printable(message))
-
-
-def _warning(message: str) -> Finding:
-    return Finding("warning", printable(message))
-
-
-def _device(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
-    kind, _, number = recipe.device.partition(":")
-    if kind == "cuda" and not machine.cuda_devices:
-        yield _error("device=cuda, but PyTorch finds no CUDA device here: leave device out, or give device=cpu.")
-    elif kind == "cuda" and int(number or 0) >= machine.cuda_devices:
-        last = machine.cuda_devices - 1
-        yield _error(f"device={recipe.device}, but there are only cuda:0 to cuda:{last}: give one of those.")
-    elif kind == "mps" and not machine.has_mps:
-        yield _error("device=mps, but PyTorch finds no Apple GPU here: leave device out, or give device=cpu.")
-
-
-def _compiler(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
-    if recipe.compile == "on" and not machine.has_compiler:
-        yield _error(
-            "compile=on needs a C++ compiler with Python's headers (or Triton on a GPU), and there is none here: "
-            "install one, or give compile=auto."
-        )
-
-
-def _processor(recipe: Recipe, machine: Machine) -> Iterator[Finding]:
-    if machine.slowdown > SLOW:
-        yield _warning(
-            f"precision={recipe.precision.name} is no gain on this CPU, where a matrix product takes "
-            f"{machine.slowdown:.1f} times as long as in float32: give precision=float32 unless memory forces you."
-        )
-    if recipe.threads is not None and recipe.threads > machine.cores:
-        yield _warning(
-            f"threads={recipe.threads} is more than the {machine.cores} cores of this process, which slows training "
-            f"down: give at most {machine.cores}."
-        )
+    about = (_steps, _lengths, _batch_sizes, _evaluation)
+    return worst_first([finding for ask in about for finding in ask(recipe, facts, facts.total_steps)])
 
 
 def _rows(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     seq_len, step_tokens = recipe.lengths.seq_len, recipe.tokens_per_step
     if facts.train_tokens <= seq_len:
-        yield _error(
+        yield error(
             f"The training text has {facts.train_tokens} tokens, and one row takes {seq_len + 1} "
             f"(lengths.seq_len={seq_len} and the token after it): give more text, or a smaller seq_len."
         )
     elif facts.train_tokens < step_tokens:
-        yield _warning(
+        yield warning(
             f"batch.tokens={recipe.batch.tokens} is more than the {facts.train_tokens} tokens of the training text, "
             "so every step reads it more than once: give a smaller batch_tokens, or more text."
         )
     if facts.val_tokens < 2:
-        yield _error(
+        yield error(
             f"The held-out text has {facts.val_tokens} tokens, and a loss takes at least 2: give data.val=FILE, or a "
             "larger data.val_share."
         )
     elif facts.val_tokens < FEWEST_VAL_TOKENS:
-        yield _warning(
+        yield warning(
             f"The held-out text has only {facts.val_tokens} tokens, so its loss is a rough guess: hold out more."
         )
     if step_tokens != recipe.batch.tokens:
-        yield _warning(
+        yield warning(
             f"batch.tokens={recipe.batch.tokens} is not a multiple of lengths.seq_len={seq_len}: every step reads "
             f"{recipe.rows_per_step} whole rows, {step_tokens} tokens."
         )
@@ -237,7 +103,7 @@ def _rows(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
 
 def _vocabulary(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     if recipe.data.tokenizer == "bpe" and not recipe.init_from and facts.vocab_size < recipe.data.vocab_size:
-        yield _warning(
+        yield warning(
             f"The corpus yields only {facts.vocab_size} of data.vocab_size={recipe.data.vocab_size} tokens: "
             "the model has that many, and nothing needs to be done."
         )
@@ -247,12 +113,12 @@ def _schedule(recipe: Recipe) -> Iterator[Finding]:
     schedule = recipe.schedule
     name = schedule.name
     if getattr(schedule, "floor", 0.0) == 1:
-        yield _warning(
+        yield warning(
             f"schedule.floor=1 keeps schedule={name} at its peak, so it never decays: "
             "give a lower floor, or schedule=constant."
         )
     if schedule.warmup_start == 1 and schedule.warmup.value > 0:
-        yield _warning(
+        yield warning(
             f"schedule.warmup_start=1 begins at the peak, so schedule.warmup={schedule.warmup} does nothing: "
             "give a lower start, or schedule.warmup=0."
         )
@@ -264,7 +130,7 @@ def _disk(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     keep = recipe.checkpoint.keep
     needed = (facts.params * WEIGHT_BYTES + facts.state_bytes) * (keep + 1) + facts.params * EXPORT_BYTES
     if facts.free_bytes < needed:
-        yield _error(
+        yield error(
             f"The run folder needs about {_size(needed)} for {keep} + 1 checkpoints and the model, and its disk has "
             f"{_size(facts.free_bytes)} left: free some, lower checkpoint.keep, or give out= on another disk."
         )
@@ -272,15 +138,14 @@ def _disk(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
 
 def _steps(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]:
     if total_steps < FEWEST_STEPS:
-        yield _warning(
+        yield warning(
             f"budget={recipe.budget} gives only {total_steps} optimizer steps of {recipe.tokens_per_step} tokens, too "
             "few to learn from: give a larger budget, or a smaller batch_tokens."
         )
-    rows = max(1, math.ceil((facts.train_tokens - 1) / recipe.lengths.seq_len))
-    steps_per_epoch = rows / recipe.rows_per_step
+    steps_per_epoch = _steps_per_epoch(recipe, facts)
     epochs = total_steps / steps_per_epoch
     if epochs > EPOCHS_WORTH_FRESH_DATA:
-        yield _warning(
+        yield warning(
             f"The run reads its {facts.train_tokens} tokens {epochs:.1f} times; beyond about "
             f"{EPOCHS_WORTH_FRESH_DATA} times repeated text teaches less and less (Muennighoff et al., "
             "arXiv:2305.16264): give more text, or a smaller budget."
@@ -293,14 +158,80 @@ def _steps(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]:
         seconds=recipe.budget.value if recipe.budget.unit == "seconds" else None,
     )
     if warmup.value > 0 and steps < 1:
-        yield _warning(
+        yield warning(
             f"schedule.warmup={warmup} of {total_steps} steps is less than one step, so it does nothing: "
             "give at least 1, or 0 to leave it out."
         )
     elif steps >= total_steps:
-        yield _error(
+        yield error(
             f"schedule.warmup={warmup} is as long as the run of {total_steps} steps: shorten it, or give a "
             "larger budget."
+        )
+
+
+def _steps_per_epoch(recipe: Recipe, facts: Facts) -> float:
+    rows = max(1, math.ceil((facts.train_tokens - 1) / recipe.lengths.seq_len))
+    return facts.steps_per_epoch or rows / recipe.rows_per_step
+
+
+def _lengths(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]:
+    lengths, seq_len = recipe.lengths, recipe.lengths.seq_len
+    if lengths.name == "constant":
+        return
+    run = {
+        "total_steps": total_steps,
+        "tokens_per_step": recipe.tokens_per_step,
+        "steps_per_epoch": _steps_per_epoch(recipe, facts),
+        "seconds": recipe.budget.value if recipe.budget.unit == "seconds" else None,
+    }
+    over = lengths.over.share_of_run("lengths.over", **run)
+    whole = f"lengths.over={lengths.over} of {total_steps} steps"
+    if over * total_steps < 2:
+        yield warning(
+            f"{whole} is less than two steps, so lengths={lengths.name} changes nothing: give more, or "
+            "lengths=constant."
+        )
+    elif over >= 1:
+        yield error(
+            f"{whole} is the whole run, so the model never sees its full length of {seq_len} tokens: give less, such "
+            "as 60%."
+        )
+    elif over > 1 - FULL_LENGTH_SHARE:
+        yield warning(
+            f"{whole} leaves only {1 - over:.0%} of the run at the full length of {seq_len} tokens, at which the model "
+            "is evaluated: give less, such as 60%."
+        )
+    if lengths.name == "window":
+        if facts.on_cpu:
+            yield warning(
+                "lengths=window saves no time on a CPU, where attention is computed for the whole row and masked: "
+                "lengths=linear gives the same short reach and saves the work."
+            )
+        return
+    realised = lengths.build(**run).realised(total_steps)
+    missing = [size for size in lengths.row_lengths if size not in realised]
+    if over < 1 and over * total_steps >= 2 and missing:
+        yield warning(
+            f"lengths={lengths.name} never reaches rows of {', '.join(map(str, missing))} tokens in {total_steps} "
+            "steps: give fewer lengths.sizes, or a larger lengths.over."
+        )
+    attention = seq_len / (12 * facts.width + seq_len) if facts.width else 1.0
+    if attention < ATTENTION_SHARE:
+        yield warning(
+            f"At lengths.seq_len={seq_len} and a width of {facts.width}, attention is only about {attention:.0%} of "
+            f"the work, so lengths={lengths.name} cannot save more than that: expect a gain from longer rows."
+        )
+
+
+def _batch_sizes(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]:
+    if recipe.batch.schedule is None:
+        return
+    sizes = recipe.batch.build(rows=recipe.rows_per_step, micro_rows=facts.micro_rows)
+    used = {sizes(step / total_steps) for step in range(0, total_steps, max(1, total_steps // 1000))}
+    if len(used) < 2:
+        yield warning(
+            f"batch.schedule never changes the step: it always has {used.pop()} rows of {recipe.lengths.seq_len} "
+            f"tokens in micro-batches of {facts.micro_rows}: give a larger batch_tokens, or leave the schedule out."
         )
 
 
@@ -309,13 +240,13 @@ def _evaluation(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Find
     steps = recipe.evaluate.every.to_steps(
         total_steps=total_steps,
         tokens_per_step=recipe.tokens_per_step,
-        steps_per_epoch=facts.train_tokens / recipe.tokens_per_step,
+        steps_per_epoch=_steps_per_epoch(recipe, facts),
     )
     if steps is None:
         return
     share = FORWARD_SHARE * tokens / (max(steps, 1) * recipe.tokens_per_step)
     if share > EVALUATION_SHARE:
-        yield _warning(
+        yield warning(
             f"Evaluating {tokens} tokens every {max(steps, 1)} steps takes about {share:.0%} of the time that training "
             "takes: raise evaluate.every, or lower evaluate.tokens."
         )
