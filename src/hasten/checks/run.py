@@ -18,6 +18,8 @@ WEIGHT_BYTES, EXPORT_BYTES = 4, 8
 # Share of a training token's cost that an evaluated one has (no backward pass); warn where the sum passes this share.
 FORWARD_SHARE, EVALUATION_SHARE = 0.35, 0.25
 FEWEST_VAL_TOKENS = 1000
+# Share of tokens left out, or of positions wasted, that is told.
+WORTH_TELLING = 0.02
 # Below this share of a step's work, attention over the row is too little for shorter rows to save anything that can be
 # measured; below this share of full-length steps at the end, a model hardly learns to use its full length.
 ATTENTION_SHARE, FULL_LENGTH_SHARE = 0.06, 0.1
@@ -39,6 +41,9 @@ class Facts:
         micro_rows: rows of a micro-batch.
         steps_per_epoch: optimizer steps of one pass over the data; None where it is not known.
         on_cpu: whether the run is on a CPU.
+        room: positions in the rows of an epoch; 0 where it is not known.
+        targets: those of them that carry loss.
+        lost_tokens: training tokens in no row, or without one to predict.
     """
 
     vocab_size: int
@@ -53,6 +58,9 @@ class Facts:
     micro_rows: int = 1
     steps_per_epoch: float | None = None
     on_cpu: bool = True
+    room: int = 0
+    targets: int = 0
+    lost_tokens: int = 0
 
 
 def check(recipe: Recipe, facts: Facts) -> list[Finding]:
@@ -60,7 +68,8 @@ def check(recipe: Recipe, facts: Facts) -> list[Finding]:
 
     What needs `facts.total_steps` is left out while that is None; ask `check_horizon` once it is planned.
     """
-    findings = [*_rows(recipe, facts), *_vocabulary(recipe, facts), *_schedule(recipe), *_disk(recipe, facts)]
+    about = (_rows, _packing, _vocabulary, _schedule, _disk)
+    findings = [finding for ask in about for finding in ask(recipe, facts)]
     findings += [warning(f"{text[0].upper()}{text[1:]}") for text in facts.optimizer_warnings]
     return worst_first([*findings, *check_horizon(recipe, facts)])
 
@@ -101,6 +110,22 @@ def _rows(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _packing(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
+    if facts.lost_tokens > WORTH_TELLING * facts.train_tokens and recipe.data.overflow != "split":
+        yield warning(
+            f"data.overflow={recipe.data.overflow} leaves {facts.lost_tokens / facts.train_tokens:.0%} of the training "
+            f"tokens out, those of documents longer than lengths.seq_len={recipe.lengths.seq_len}: give "
+            "data.overflow=split, or longer rows."
+        )
+    padding = 1 - facts.targets / facts.room if facts.room else 0.0
+    if padding > WORTH_TELLING and facts.train_tokens > recipe.tokens_per_step:
+        advice = "give data.packing=best_fit" if recipe.data.packing != "best_fit" else "give longer rows, or more text"
+        yield warning(
+            f"{padding:.0%} of the positions in the rows are padding (data.packing={recipe.data.packing}), which costs "
+            f"as much as text: {advice}."
+        )
+
+
 def _vocabulary(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     if recipe.data.tokenizer == "bpe" and not recipe.init_from and facts.vocab_size < recipe.data.vocab_size:
         yield warning(
@@ -109,7 +134,7 @@ def _vocabulary(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _schedule(recipe: Recipe) -> Iterator[Finding]:
+def _schedule(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     schedule = recipe.schedule
     name = schedule.name
     if getattr(schedule, "floor", 0.0) == 1:

@@ -64,6 +64,7 @@ class Display:
         facts.add_column(overflow="fold")
         facts.add_row("corpus", describe_corpus(data))
         facts.add_row("model", describe_model(state))
+        facts.add_row("rows", describe_packing(state, values["packing"]))
         facts.add_row("batch", describe_batch(state))
         self._budget = state.recipe.budget.value if state.recipe.budget.unit == "seconds" else None
         budget = state.recipe.budget
@@ -196,7 +197,7 @@ class Display:
 
 def describe_corpus(data: Any) -> str:
     """Return a line on prepared data: name, size, documents, tokens, hash, whether it was reused."""
-    train, val = data.train, data.val
+    train, val = data.train_size, data.val
     return (
         f"{printable(data.manifest['corpus'])}: {size(train.source_bytes)} train, {size(val.source_bytes)} held out, "
         f"{train.num_documents + val.num_documents:,} documents, {count(train.num_tokens)} tokens of "
@@ -212,6 +213,23 @@ def describe_model(state: Any) -> str:
         f"{count(sum(p.numel() for p in state.model.parameters()))} parameters, "
         f"{recipe.precision.name} on {state.device}"
     )
+
+
+def describe_packing(state: Any, reports: list[dict[str, Any]]) -> str:
+    """Return a line on how documents became rows: how many, how full, what was cut or left out."""
+    rows, room, targets, cuts = (sum(report[key] for report in reports) for key in ("rows", "room", "targets", "cuts"))
+    lost: dict[str, int] = {}
+    for report in reports:
+        for cause, tokens in report["lost"].items():
+            lost[cause] = lost.get(cause, 0) + tokens
+    parts = [
+        f"{rows:,} of up to {state.recipe.lengths.seq_len} tokens by {state.recipe.data.packing}",
+        f"{targets / room:.2%} full",
+    ]
+    if cuts:
+        parts.append(f"{count(cuts)} documents cut that would fit a row")
+    parts += [f"{count(tokens)} tokens {cause}" for cause, tokens in lost.items() if cause != "last"]
+    return ", ".join(parts)
 
 
 def describe_batch(state: Any) -> str:

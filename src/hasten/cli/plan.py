@@ -45,22 +45,36 @@ def plan(
 
     source, settings = split_arguments(arguments or [])
     resolved = resolve(source, settings)
+    recipes = [(resolved.recipe.schedule.name, resolved.recipe)]
+    recipes += [_changed(resolved.recipe, text) for text in others or []]
+    is_drawn = curves or out is not None or bool(others)
+    found = [curve for label, recipe in recipes for curve in curves_of(recipe, label=label)] if is_drawn else []
+    picture = None if out is None else draw(found, out)
+
     console = Console(highlight=False, soft_wrap=True)
     for note in resolved.notes:
         console.print(f"  {printable(note)}", style="dim", markup=False)
     _print_facts(console, resolved.recipe)
-    if not (curves or out or others):
-        return DONE
-    recipes = [(resolved.recipe.schedule.name, resolved.recipe)]
-    for text in others or []:
-        words = shlex.split(text)
-        label = words[0].removeprefix("schedule=") if len(words) == 1 else text
-        recipes.append((label, resolve(resolved.recipe, words).recipe))
-    found = [curve for label, recipe in recipes for curve in curves_of(recipe, label=label)]
-    _print_curves(console, found)
-    if out is not None:
-        console.print(printable(str(draw(found, out))), markup=False)
+    if is_drawn:
+        _print_curves(console, found)
+    if picture is not None:
+        console.print(printable(str(picture)), markup=False)
     return DONE
+
+
+def _changed(recipe: Any, text: str) -> tuple[str, Any]:
+    """Return a label and the recipe that `recipe` is with the settings in `text`."""
+    from hasten.errors import RecipeError, printable
+    from hasten.recipe import resolve
+
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise RecipeError(
+            f"--with {printable(text)!r} cannot be read ({error}): write --with 'KEY=VALUE ...'."
+        ) from None
+    label = words[0].removeprefix("schedule=") if len(words) == 1 else text
+    return label, resolve(recipe, words).recipe
 
 
 def _print_facts(console: Any, recipe: Any) -> None:

@@ -1,8 +1,7 @@
-"""Batches: which rows an optimizer step reads, as a pure function of the seed and the row it begins at."""
+"""Batches: which rows an optimizer step reads, as a pure function of the seed and the position it begins at."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -10,10 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.data.order import EndlessOrder
-from hasten.data.packing import ChunkedRows
 from hasten.data.rows import NO_TARGET, Rows
-from hasten.data.shards import TokenShards
 from hasten.errors import DataError, RecipeError
 
 
@@ -63,102 +59,6 @@ class Batch:
             labels_BT=self.labels_BT.view(-1, length),
             document_ids_BT=None if ids is None else ids.view(-1, length),
         )
-
-
-class PackedBatches:
-    """Packed rows in a shuffled order, forever: every row of an epoch once, then the next epoch in another order.
-
-    The order is a pure function of the seed. A position is one number, the rows read so far, so going on from
-    anywhere costs nothing. Steps run across the ends of epochs; no row is dropped there.
-
-    Args:
-        shards: the tokens of a split.
-        seq_len: tokens of a row.
-        rows_per_step: rows of an optimizer step.
-        micro_rows: rows of a micro-batch; the last of a step may have fewer.
-        seed: of the order.
-        document_mask: number the documents of each row, so that attention can keep them apart.
-
-    Raises:
-        DataError: the text is too short, or a stored block is damaged.
-    """
-
-    def __init__(
-        self,
-        shards: TokenShards,
-        *,
-        seq_len: int,
-        rows_per_step: int,
-        micro_rows: int,
-        seed: int,
-        document_mask: bool = True,
-    ) -> None:
-        assert rows_per_step >= 1, rows_per_step
-        assert micro_rows >= 1, micro_rows
-        self.rows = ChunkedRows(shards, seq_len)
-        self.order = EndlessOrder(self.rows.num_rows, seed=seed, purpose="rows")
-        self.seq_len = seq_len
-        self.rows_per_step = rows_per_step
-        self.micro_rows = micro_rows
-        self.seed = seed
-        self._document_token = shards.document_token
-        self._document_mask = document_mask
-        self._row = 0
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of an epoch."""
-        return self.rows.num_rows
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Optimizer steps of an epoch; seldom a whole number."""
-        return self.num_rows / self.rows_per_step
-
-    def take(self, row: int) -> list[Batch]:
-        """Return the micro-batches of the optimizer step that begins at row `row` of the endless order.
-
-        Fresh tensors at every call: a caller may keep or change them. Those of one call share their memory.
-        """
-        numbers = self.order.at(row, self.rows_per_step)
-        tokens_RT = np.empty((self.rows_per_step, self.seq_len), np.int64)
-        labels_RT = np.empty_like(tokens_RT)
-        targets_R = self.rows.fill(numbers, tokens_RT, labels_RT)
-        ids_RT = None
-        if self._document_mask:
-            ids_RT = np.cumsum(tokens_RT == self._document_token, axis=1, dtype=np.int32)
-        cuts = [slice(begin, begin + self.micro_rows) for begin in range(0, self.rows_per_step, self.micro_rows)]
-        return [
-            Batch(
-                torch.from_numpy(tokens_RT[cut]),
-                torch.from_numpy(labels_RT[cut]),
-                None if ids_RT is None else torch.from_numpy(ids_RT[cut]),
-                int(targets_R[cut].sum()),
-            )
-            for cut in cuts
-        ]
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of one optimizer step after the other, from where the state says, without end."""
-        while True:
-            batches = self.take(self._row)
-            self._row += self.rows_per_step
-            yield batches
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the position: rows handed out so far."""
-        return {"row": self._row}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a position that `state_dict` returned.
-
-        Raises:
-            DataError: it is no position.
-        """
-        row = state.get("row")
-        if type(row) is not int or row < 0:
-            raise DataError(f"A position in the data is a row number of at least 0; got {row!r}.")
-        self._row = row
 
 
 @dataclass(frozen=True)
@@ -221,7 +121,7 @@ class RowSource:
 
     def draw(self, position: tuple[int, ...], *, rows: int, length: int) -> Draw:
         """Return the `rows` rows from `position` on, viewed in rows of `length`, a divisor of the row length."""
-        (row,) = position
+        (row,) = self._checked(position)
         return Draw(length, ((self.rows, self._order.at(row, rows)),), (row + rows,))
 
     def after(self, position: tuple[int, ...], rows: int) -> tuple[int, ...]:
@@ -230,7 +130,12 @@ class RowSource:
 
     def epochs(self, position: tuple[int, ...]) -> float:
         """Return how often the rows have been read at `position`."""
-        return position[0] / self.rows.num_rows
+        return self._checked(position)[0] / self.rows.num_rows
+
+    def _checked(self, position: tuple[int, ...]) -> tuple[int, ...]:
+        if len(position) != 1 or position[0] < 0:
+            raise DataError(f"{list(position)} is no position in rows, which is one number of at least 0.")
+        return position
 
 
 class Batches:

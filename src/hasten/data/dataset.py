@@ -227,6 +227,7 @@ class PackedBatches(IterableDataset[Item]):
                 f"The state was saved after {micro} items of a step, which has {self.items_per_step} here: give the "
                 "micro_rows that it was saved with, or save between steps."
             )
+        self._batches.source.epochs(tuple(position))  # refuses what is no position in this data
         self._origin = self._known = (step, tuple(position))
         self._item = step * self.items_per_step + micro
         self._skipped = dict(state["skipped"])

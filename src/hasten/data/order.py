@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,13 +36,20 @@ class EndlessOrder:
 
     def __init__(self, size: int, *, seed: int, purpose: str) -> None:
         self.size, self.seed, self.purpose = size, seed, purpose
+        self._blocks: dict[int, np.ndarray] = {}
 
     def at(self, place: int, count: int) -> np.ndarray:
         """Return the numbers at places ``place, ..., place + count - 1``, int64; `place` at least 0."""
         first, last = place // BLOCK_PLACES, (place + max(count, 1) - 1) // BLOCK_PLACES
-        blocks = [_block(self.size, self.seed, self.purpose, number) for number in range(first, last + 1)]
+        blocks = [self._block(number) for number in range(first, last + 1)]
         whole = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         return whole[place - first * BLOCK_PLACES :][:count]
+
+    def _block(self, number: int) -> np.ndarray:
+        # Kept by each order, not in one cache for all: a mixture of more sources than that holds would miss each time.
+        if (known := self._blocks.get(number)) is None:
+            known = _kept(self._blocks, number, _block(self.size, self.seed, self.purpose, number), _BLOCKS_KEPT)
+        return known
 
 
 class WindowOrder:
@@ -156,7 +162,6 @@ def _kept(cache: dict, key: object, value: Any, most: int) -> Any:
     return value
 
 
-@lru_cache(maxsize=16)
 def _block(size: int, seed: int, purpose: str, number: int) -> np.ndarray:
     places = np.arange(number * BLOCK_PLACES, (number + 1) * BLOCK_PLACES)
     epochs, indexes = np.divmod(places, size)

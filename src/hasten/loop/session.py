@@ -13,13 +13,14 @@ import torch
 from hasten import checkpoint
 from hasten.checks import Facts, Finding, check, check_horizon, check_machine, free_bytes, this_machine
 from hasten.data.preparation import prepare
+from hasten.data.reading import packing_reports
 from hasten.data.shards import PreparedData
 from hasten.errors import RecipeError, printable
 from hasten.loop.between import between_steps, save, validate
 from hasten.loop.branching import branch_recipe, read_parent, take_over
 from hasten.loop.finish import Result, finish, stopped
 from hasten.loop.interrupt import stop_on_signals
-from hasten.loop.state import State, restore, start
+from hasten.loop.state import State, packing_settings, restore, start
 from hasten.loop.steps import Event, Hook, Teller, advance
 from hasten.loop.timetable import Timetable
 from hasten.model import Decoder, count_parameters, read_model
@@ -120,7 +121,9 @@ def _checked_state(recipe: Recipe, folder: RunFolder, tell: Teller) -> State:
     _report(check_machine(recipe, this_machine(recipe)), tell)
     data = prepare_for(recipe, on_progress=lambda progress: tell("prepare", progress=progress))
     state = start(recipe, data, model=_warm_start(recipe))
-    tell("prepared", data=data, state=state)
+    reports = packing_reports(data, **packing_settings(recipe))
+    state.notes["packing"] = [{**dataclasses.asdict(report), "utilisation": report.utilisation} for report in reports]
+    tell("prepared", data=data, state=state, packing=state.notes["packing"])
     _report(check(recipe, _facts(state, folder)), tell)
     return state
 
@@ -134,15 +137,19 @@ def _report(findings: Iterable[Finding], tell: Teller) -> None:
 
 def _facts(state: State, folder: RunFolder) -> Facts:
     plan = state.optimizer.plan(tokens_per_step=state.tokens_per_step)
+    packing = state.notes["packing"]
     return Facts(
         vocab_size=state.data.vocab_size,
-        train_tokens=state.data.train.num_tokens,
+        train_tokens=state.data.train_size.num_tokens,
         val_tokens=state.data.val.num_tokens,
         params=count_parameters(state.config),
         total_steps=state.total_steps or None,
         free_bytes=free_bytes(folder.path),
         state_bytes=plan.state_bytes,
         optimizer_warnings=plan.warnings,
+        room=sum(report["room"] for report in packing),
+        targets=sum(report["targets"] for report in packing),
+        lost_tokens=sum(sum(report["lost"].values()) for report in packing),
         width=state.config.width,
         micro_rows=state.batch_sizes.micro_rows,
         steps_per_epoch=state.steps_per_epoch,
@@ -229,9 +236,10 @@ def _tell_start(state: State, tell: Teller, command: str | None) -> None:
                 "tokenizer_sha256": state.data.tokenizer_sha256,
                 "vocab_size": state.data.vocab_size,
                 "counts": manifest["counts"],
+                "packing": state.notes["packing"],
                 **{
-                    f"{split}_{name}": getattr(getattr(state.data, split), name)
-                    for split in ("train", "val")
+                    f"{split}_{name}": getattr(size, name)
+                    for split, size in (("train", state.data.train_size), ("val", state.data.val))
                     for name in ("num_tokens", "num_documents", "source_bytes")
                 },
             },

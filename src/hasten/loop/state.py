@@ -216,16 +216,7 @@ def start(
     micro_rows = recipe.batch.micro_rows or auto_micro_rows(rows_per_step, seq_len, data.vocab_size, device, smallest)
     batch_sizes = dataclasses.replace(batch_sizes, micro_rows=micro_rows)
     precision = Precision(model, recipe.precision.name)
-    source = read(
-        data,
-        seq_len=seq_len,
-        seed=seed,
-        packing=recipe.data.packing,
-        overflow=recipe.data.overflow,
-        mode=recipe.lengths.reading,
-        lengths=recipe.lengths.row_lengths,
-        weights=recipe.data.weights,
-    )
+    source = read(data, seed=seed, weights=recipe.data.weights, **packing_settings(recipe))
     batches = Batches(source, seq_len=seq_len, micro_rows=micro_rows, document_mask=recipe.data.document_mask)
     tokens_per_step = round(batch_sizes.mean_rows * seq_len)
     steps_per_epoch = source.num_rows / batch_sizes.mean_rows
@@ -256,6 +247,17 @@ def start(
     if steps is not None:
         set_horizon(state, steps)
     return state
+
+
+def packing_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return how the text becomes rows, as `hasten.data.reading` takes it."""
+    return {
+        "seq_len": recipe.lengths.seq_len,
+        "packing": recipe.data.packing,
+        "overflow": recipe.data.overflow,
+        "mode": recipe.lengths.reading,
+        "lengths": recipe.lengths.row_lengths,
+    }
 
 
 def budget_steps(recipe: Recipe, tokens_per_step: int, steps_per_epoch: float) -> int | None:

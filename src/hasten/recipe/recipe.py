@@ -93,9 +93,23 @@ class Recipe(Choices):
             )
         if self.budget.unit == "share":
             raise ValueError(f"budget={self.budget} is a share of itself: give steps, tokens, epochs or a time.")
+        if self.lengths.reading == "bucket":
+            self._refuse_unbucketed()
         self._refuse_long_warmup()
         self._refuse_two_starts()
         return self
+
+    def _refuse_unbucketed(self) -> None:
+        if self.data.weights is not None:
+            raise ValueError(
+                "lengths.mode='bucket' cannot keep data.weights, because the sources have different shares of short "
+                "and long documents: give lengths.mode=view, or leave data.weights out."
+            )
+        if self.data.packing != "best_fit":
+            raise ValueError(
+                f"data.packing={self.data.packing!r} has no meaning with lengths.mode='bucket', whose rows are packed "
+                "by best fit: leave it out, or give lengths.mode=view."
+            )
 
     def _refuse_two_starts(self) -> None:
         """A run that starts from another one has that one's model and tokenizer; choices beside them would be lost."""

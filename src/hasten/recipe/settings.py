@@ -98,6 +98,9 @@ def _value(raw: str, name: str) -> Any:
     if set(parsed) == {"value"} and isinstance(parsed["value"], (bool, int, float, str, list, dict)):
         return parsed["value"]
     if raw.startswith("[") and raw.endswith("]") and "," in raw:
+        numbers = [item.strip() for item in raw[1:-1].split(",")]
+        if all(re.match(r"[+-]?\.?\d", item) and _NUMBER.fullmatch(item) for item in numbers):  # TOML has no `.5`.
+            return [float(item) for item in numbers]
         items = ", ".join(f'"{item.strip()}"' for item in raw[1:-1].split(","))
         raise RecipeError(
             f"{one_line(f'{name}={raw}')} looks like a list but its items are not quoted: "
