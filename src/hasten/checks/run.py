@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from hasten.checks.findings import Finding, error, warning, worst_first
 from hasten.recipe import Recipe
@@ -44,6 +44,7 @@ class Facts:
         room: positions in the rows of an epoch; 0 where it is not known.
         targets: those of them that carry loss.
         lost_tokens: training tokens in no row, or without one to predict.
+        source_epochs: how often the run reads each source of a mixture, by its name.
     """
 
     vocab_size: int
@@ -61,6 +62,7 @@ class Facts:
     room: int = 0
     targets: int = 0
     lost_tokens: int = 0
+    source_epochs: Mapping[str, float] = field(default_factory=dict)
 
 
 def check(recipe: Recipe, facts: Facts) -> list[Finding]:
@@ -169,7 +171,16 @@ def _steps(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]:
         )
     steps_per_epoch = _steps_per_epoch(recipe, facts)
     epochs = total_steps / steps_per_epoch
-    if epochs > EPOCHS_WORTH_FRESH_DATA:
+    for source, times in facts.source_epochs.items():
+        if times > EPOCHS_WORTH_FRESH_DATA:
+            yield warning(
+                f"The mixture reads {source} {times:.1f} times; beyond about {EPOCHS_WORTH_FRESH_DATA} times repeated "
+                "text teaches less and less (Muennighoff et al., arXiv:2305.16264): give it a smaller weight, or more "
+                "text."
+            )
+        elif times == 0:
+            yield warning(f"The mixture never reads {source}: give it a larger weight, or a larger budget.")
+    if epochs > EPOCHS_WORTH_FRESH_DATA and not facts.source_epochs:
         yield warning(
             f"The run reads its {facts.train_tokens} tokens {epochs:.1f} times; beyond about "
             f"{EPOCHS_WORTH_FRESH_DATA} times repeated text teaches less and less (Muennighoff et al., "

@@ -102,6 +102,7 @@ def _write(state: State, folder: RunFolder, tell: Teller, values: Mapping[str, A
         "untrained_val_bpb": untrained.get("bits_per_byte"),
         "tokens": state.tokens,
         "steps": state.step,
+        "source_epochs": state.source_epochs(state.step),
         "total_steps": state.total_steps,
         "seconds": seconds,
         "phases": dict(state.phases),

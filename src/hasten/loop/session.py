@@ -135,7 +135,8 @@ def _report(findings: Iterable[Finding], tell: Teller) -> None:
         tell("warning", message=finding.message)
 
 
-def _facts(state: State, folder: RunFolder) -> Facts:
+def _facts(state: State, folder: RunFolder, planned_steps: int | None = None) -> Facts:
+    total_steps = planned_steps or state.total_steps or None
     plan = state.optimizer.plan(tokens_per_step=state.tokens_per_step)
     packing = state.notes["packing"]
     return Facts(
@@ -143,7 +144,8 @@ def _facts(state: State, folder: RunFolder) -> Facts:
         train_tokens=state.data.train_size.num_tokens,
         val_tokens=state.data.val.num_tokens,
         params=count_parameters(state.config),
-        total_steps=state.total_steps or None,
+        total_steps=total_steps,
+        source_epochs=state.source_epochs(total_steps) if total_steps else {},
         free_bytes=free_bytes(folder.path),
         state_bytes=plan.state_bytes,
         optimizer_warnings=plan.warnings,
@@ -201,8 +203,7 @@ def _run(state: State, folder: RunFolder, record: Record, hooks: tuple[Hook, ...
             timetable = Timetable(state, tell)
             fitting = timetable.begin(state)
             if fitting is not None:
-                facts = dataclasses.replace(_facts(state, folder), total_steps=fitting)
-                _report(check_horizon(state.recipe, facts), tell)
+                _report(check_horizon(state.recipe, _facts(state, folder, fitting)), tell)
             while state.status == "running" and state.step < state.total_steps and not request.name:
                 advance(
                     state,

@@ -121,6 +121,13 @@ class State:
         """Optimizer steps of one pass over the data; seldom a whole number."""
         return self.batches.source.num_rows / self.batch_sizes.mean_rows
 
+    def source_epochs(self, steps: int) -> dict[str, float]:
+        """Return how often `steps` optimizer steps read each source of a mixture; empty where there is none."""
+        if not self.recipe.data.weights:
+            return {}
+        rows = round(steps * self.batch_sizes.mean_rows)
+        return dict(zip(self.data.train_names, self.batches.source.component_epochs((rows,))))
+
     @property
     def schedule(self) -> Schedule | None:
         """The learning rate's schedule."""

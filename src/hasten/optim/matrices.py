@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -132,6 +132,19 @@ def apply(weight: Tensor, update: Tensor, *, keep: float, step_size: float) -> N
         weight.mul_(keep).add_(update.view(weight.shape), alpha=-step_size)
     else:
         weight.copy_(weight.float().mul_(keep).add_(update.view(weight.shape), alpha=-step_size))
+
+
+def apply_all(
+    weights: Sequence[Tensor], updates: Sequence[Tensor], *, keep: Sequence[float], step_size: Sequence[float]
+) -> None:
+    """`apply` for each; lists at once where they can be, and then `updates` are overwritten."""
+    if any(weight.dtype not in (torch.float32, torch.float64) for weight in weights):
+        for weight, update, kept, size in zip(weights, updates, keep, step_size):
+            apply(weight, update, keep=kept, step_size=size)
+        return
+    torch._foreach_mul_(updates, [-size for size in step_size])
+    torch._foreach_mul_(weights, keep)
+    torch._foreach_add_(weights, [update.view(weight.shape) for weight, update in zip(weights, updates)])
 
 
 def pieces_of(work: Work) -> Iterator[Piece]:

@@ -14,7 +14,7 @@ from hasten.errors import RecipeError
 from hasten.optim.elementwise import decay_rate, remainder, wide_zeros
 from hasten.optim.exchange import Exchange, rounds
 from hasten.optim.matrices import SETTINGS as MATRIX_SETTINGS
-from hasten.optim.matrices import Piece, apply, matrix_shape, parts, pieces_of, step_scale
+from hasten.optim.matrices import Part, Piece, apply_all, matrix_shape, parts, pieces_of, step_scale
 from hasten.optim.orthogonal import BATCH_ELEMENTS, DTYPES, fastest_dtype, orthogonalize_all_, tuples
 from hasten.optim.rule import Group, Rule, Work, check_number
 from hasten.optim.sharding import local
@@ -33,6 +33,8 @@ SETTINGS: dict[str, Any] = {
     **MATRIX_SETTINGS,
 }
 _EPS = 1e-10
+# Updates that a CPU holds at a time: 1 MB.
+CPU_BATCH_ELEMENTS = 1 << 18
 
 
 def init(parameter: Tensor, group: Group) -> dict[str, Tensor]:
@@ -133,7 +135,7 @@ def _update(works: list[Work], *, is_normalized: bool) -> None:
         settle_dtype(work)
     pieces = [piece for work in works for piece in pieces_of(work)]
     for batch in _batches([piece for piece in pieces if piece.processes is None]):
-        updates = [direction(piece) for piece in batch]
+        updates = directions(batch)
         orthogonalize_pieces(batch, updates)
         _finish(batch, updates, is_normalized)
     for processes in {id(p.processes): p.processes for p in pieces if p.processes is not None}.values():
@@ -155,8 +157,8 @@ def _step_sharded(pieces: Sequence[Piece], processes: Any, is_normalized: bool) 
         dtype=wire,
         device=device,
     )
-    for piece, part in zip(pieces, exchange.parts):
-        part.copy_(direction(piece))
+    for place, part in enumerate(exchange.parts):
+        part.copy_(directions(pieces[place : place + 1])[0])
     matrices = exchange.collect()
     orthogonalize_pieces([pieces[number] for number in exchange.owned], matrices)
     exchange.give_back(matrices)
@@ -164,13 +166,16 @@ def _step_sharded(pieces: Sequence[Piece], processes: Any, is_normalized: bool) 
     _finish(pieces, exchange.parts, is_normalized)
 
 
-def direction(piece: Piece) -> Tensor:
-    """Move the momentum of `piece`; return a new tensor that is to be orthogonalised."""
-    buffer, momentum = piece.state["momentum_buffer"], piece.group["momentum"]
-    gradient = piece.gradient.to(buffer.dtype)
-    buffer.lerp_(gradient, 1.0 - momentum)
-    mixed = gradient.lerp(buffer, momentum) if piece.group["nesterov"] else buffer.clone()
-    return mixed.reshape(piece.local_shape)
+def directions(pieces: Sequence[Piece]) -> list[Tensor]:
+    """Move the momentum of `pieces`; return new tensors that are to be orthogonalised."""
+    buffers = [piece.state["momentum_buffer"] for piece in pieces]
+    gradients = [piece.gradient.to(buffer.dtype) for piece, buffer in zip(pieces, buffers)]
+    momenta = [piece.group["momentum"] for piece in pieces]
+    torch._foreach_lerp_(buffers, gradients, [1.0 - momentum for momentum in momenta])
+    # Without Nesterov's step ahead it is the momentum itself.
+    weights = [momentum if piece.group["nesterov"] else 1.0 for piece, momentum in zip(pieces, momenta)]
+    mixed = torch._foreach_lerp(gradients, buffers, weights)
+    return [update.reshape(piece.local_shape) for piece, update in zip(pieces, mixed)]
 
 
 def orthogonalize_pieces(pieces: Sequence[Piece], matrices: Sequence[Tensor]) -> None:
@@ -185,58 +190,68 @@ def orthogonalize_pieces(pieces: Sequence[Piece], matrices: Sequence[Tensor]) ->
 
 
 def _finish(pieces: Sequence[Piece], updates: Sequence[Tensor], is_normalized: bool) -> None:
-    factors = _row_factors(pieces, updates) if is_normalized else None
-    for number, (piece, update) in enumerate(zip(pieces, updates)):
-        group, blocks = piece.group, parts(piece.shape, piece.group)
-        scales = [step_scale(part, group["adjust_lr"]) for part in blocks]
-        update = update.to(piece.state["momentum_buffer"].dtype)
-        for place, (part, scale) in enumerate(zip(blocks, scales)):
-            view = part.of(update, piece.first_row)
-            if factors is not None:
-                view.mul_(factors[number][place])
-            if scale != scales[0]:
-                view.mul_(scale / scales[0])
-        lr = float(group["lr"])
-        apply(piece.weight, update, keep=1.0 - decay_rate(group), step_size=lr * scales[0])
+    split = [parts(piece.shape, piece.group) for piece in pieces]
+    scales = [[step_scale(part, piece.group["adjust_lr"]) for part in own] for piece, own in zip(pieces, split)]
+    wide = [update.to(piece.state["momentum_buffer"].dtype) for piece, update in zip(pieces, updates)]
+    views = [[part.of(update, piece.first_row) for part in own] for piece, own, update in zip(pieces, split, wide)]
+    if is_normalized:
+        _normalize_rows_(pieces, split, views)
+    for own, mine in zip(views, scales):
+        for view, scale in zip(own[1:], mine[1:]):
+            if scale != mine[0]:
+                view.mul_(scale / mine[0])
+    apply_all(
+        [piece.weight for piece in pieces],
+        wide,
+        keep=[1.0 - decay_rate(piece.group) for piece in pieces],
+        step_size=[float(piece.group["lr"]) * mine[0] for piece, mine in zip(pieces, scales)],
+    )
 
 
-def _row_factors(pieces: Sequence[Piece], updates: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Move the row statistics; return what each row of each part is multiplied by."""
-    factors, sums = [], []
-    for piece, update in zip(pieces, updates):
-        factors.append([])
-        for part in parts(piece.shape, piece.group):
-            view = part.of(update, piece.first_row)
-            statistic = piece.state["second_momentum_buffer"]
+def _normalize_rows_(pieces: Sequence[Piece], split: list[list[Part]], views: list[list[Tensor]]) -> None:
+    """Move the row statistics; divide each row of each part by the root of its own, at the same norm of the part."""
+    flat, moments, rests = [], [], []
+    for piece, own, its in zip(pieces, split, views):
+        statistic = piece.state["second_momentum_buffer"]
+        for part, view in zip(own, its):
             start, stop = (min(max(row - piece.first_row, 0), statistic.shape[-2]) for row in part.rows)
-            moment = statistic[..., start:stop, part.band : part.band + 1]
-            squares = torch.linalg.vector_norm(view, dim=-1, keepdim=True, dtype=moment.dtype).square_()
-            moment.lerp_(squares / view.shape[-1], 1.0 - piece.group["beta2"])
-            factor = moment.sqrt().add_(_EPS).reciprocal_()
-            sums.append(torch.stack([squares.sum(-2, keepdim=True), (squares * factor**2).sum(-2, keepdim=True)]))
-            factors[-1].append(factor)
+            flat.append(view)
+            moments.append(statistic[..., start:stop, part.band : part.band + 1])
+            rests.append(1.0 - piece.group["beta2"])
+    squares = [torch.linalg.vector_norm(view, dim=-1, keepdim=True) for view in flat]
+    torch._foreach_mul_(squares, squares)
+    torch._foreach_lerp_(moments, torch._foreach_div(squares, [float(view.shape[-1]) for view in flat]), rests)
+    factors = torch._foreach_sqrt(moments)
+    torch._foreach_add_(factors, _EPS)
+    torch._foreach_reciprocal_(factors)
+    before = [square.sum(-2, keepdim=True) for square in squares]
+    torch._foreach_mul_(squares, factors)
+    torch._foreach_mul_(squares, factors)
+    after = [square.sum(-2, keepdim=True) for square in squares]
     if pieces[0].processes is not None:
-        together = torch.stack(sums)
+        together = torch.stack([*before, *after])
         dist.all_reduce(together, group=pieces[0].processes)
-        sums = list(together)
-    remaining = iter(sums)
-    for blocks in factors:
-        for factor in blocks:
-            before, after = next(remaining)
-            factor.mul_((before / after.clamp_min(_EPS)).sqrt_())
-    return factors
+        before, after = list(together[: len(flat)]), list(together[len(flat) :])
+    torch._foreach_clamp_min_(after, _EPS)
+    torch._foreach_div_(before, after)
+    torch._foreach_sqrt_(before)
+    torch._foreach_mul_(factors, before)
+    torch._foreach_mul_(flat, factors)
 
 
 def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Yield pieces to be stacked: on a GPU in the order of their shapes, elsewhere each alone."""
+    """Yield pieces to be worked on together, in the order of their shapes: on a CPU large ones each alone."""
     batch: list[Piece] = []
+    held = 0
     for piece in sorted(pieces, key=lambda p: p.shape):
-        is_full = sum(p.weight.numel() for p in batch) + piece.weight.numel() > BATCH_ELEMENTS
-        if batch and (is_full or piece.weight.device.type != "cuda"):
+        size = piece.weight.numel()
+        limit = CPU_BATCH_ELEMENTS if piece.weight.is_cpu else BATCH_ELEMENTS
+        if batch and held + size > limit:
             yield batch
-            batch = []
-        if piece.weight.numel():
+            batch, held = [], 0
+        if size:
             batch.append(piece)
+            held += size
     if batch:
         yield batch
 

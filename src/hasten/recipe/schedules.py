@@ -40,9 +40,7 @@ def _rising(levels: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float
 
 Factor = Annotated[float, Field(ge=0.0, le=1.0)]
 Shape = Literal["sqrt", "linear", "cosine"]
-Expression = Annotated[
-    str, AfterValidator(_as_printed), Expected("a schedule as text, such as 'warmup(0.1) | linear(floor=0.5)'")
-]
+Expression = Annotated[str, AfterValidator(_as_printed), Expected("a schedule as text, such as 'linear(floor=0.5)'")]
 Levels = Annotated[
     tuple[tuple[float, float], ...],
     BeforeValidator(_as_tuples),
@@ -104,7 +102,7 @@ class CustomChoices(ScheduleChoices):
 
     Args:
         expression: calls of warmup, hold, cosine, linear, sqrt, power, inverse_sqrt, stages, cycles, cooldown, wsd and
-            constant, joined with ``|``; every share is of the whole run.
+            constant, joined by a vertical bar; every share is of the whole run.
     """
 
     name: Literal["custom"] = "custom"
