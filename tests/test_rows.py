@@ -171,6 +171,7 @@ def test_windows_hold_so_many_documents_that_their_tokens_stay_bounded():
     assert Windows(Places([2] * 10, 0), Pack("best_fit", (4,))).num_windows == 1
     large = Places([WINDOW_TOKENS // 3] * 4, 0)
     assert Windows(large, Pack("best_fit", (WINDOW_TOKENS // 6,))).window_documents == 3
+    assert Windows(Places([1 << 19] * 9, 0), Pack("best_fit", (8,))).window_documents == 4
     assert Windows(Places([3 * WINDOW_TOKENS] * 2, 0), Pack("best_fit", (WINDOW_TOKENS,))).window_documents == 1
 
 

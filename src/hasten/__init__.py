@@ -51,7 +51,7 @@ __all__ = [
 
 
 # Rooms of parts, for ``hasten.optim.Lion`` after nothing but ``import hasten``.
-_ROOMS = ("clip", "optim", "schedules")
+_ROOMS = ("clip", "data", "optim", "schedules")
 
 
 def __getattr__(name: str) -> Any:

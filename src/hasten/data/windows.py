@@ -25,6 +25,8 @@ from hasten.errors import DataError, RecipeError, nearest
 # Packing within 65,536 documents costs 0.01 % of utilisation against packing them all at once, and takes 30 ms.
 WINDOW_DOCUMENTS = 1 << 16
 WINDOW_TOKENS = 1 << 26
+# What is kept of a window is 24 bytes for each piece, and long documents are a piece for each row: 6 MB at most.
+WINDOW_ROWS = 1 << 18
 # Windows whose rows are mixed: a step then reads from all over half a billion tokens, and resuming packs 8 windows.
 GROUP = 8
 
@@ -127,7 +129,8 @@ class Windows:
         counts: what packing makes of every window. Left out, it is looked up in the cache, or found by packing every
             window once (2 million documents a second) and kept there.
         group: windows whose rows are mixed with each other.
-        window_documents: documents of a window; left out, what makes about `WINDOW_TOKENS`.
+        window_documents: documents of a window; left out, what makes about `WINDOW_TOKENS`
+            and at most about `WINDOW_ROWS`.
 
     Raises:
         DataError: there is nothing to predict.
@@ -149,9 +152,10 @@ class Windows:
             )
         mean = max(1, documents.num_tokens // documents.num_documents)
         self.documents, self.pack, self.group = documents, pack, group
-        self.window_documents = window_documents or max(1, min(WINDOW_DOCUMENTS, WINDOW_TOKENS // mean))
-        self.num_windows = -(-documents.num_documents // self.window_documents)
         self.capacities = tuple(packing.capacity for packing in pack(np.empty(0, np.int64)))
+        room = min(WINDOW_TOKENS, WINDOW_ROWS * self.capacities[-1])
+        self.window_documents = window_documents or max(1, min(WINDOW_DOCUMENTS, room // mean))
+        self.num_windows = -(-documents.num_documents // self.window_documents)
         self._packed: dict[int, tuple[_Plan, ...]] = {}
         self.counts = counts or self._counted()
         assert self.counts.rows_WK.shape == (self.num_windows, len(self.capacities)), self.counts.rows_WK.shape

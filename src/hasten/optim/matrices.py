@@ -36,8 +36,14 @@ class Part:
     band: int
 
     def of(self, matrix: Tensor, first_row: int = 0) -> Tensor:
-        """Return the view of this block on `matrix`, whose row 0 is row `first_row` of the whole."""
-        start, stop = (min(max(row - first_row, 0), matrix.shape[-2]) for row in self.rows)
+        """Return the view of this block on `matrix`, whose row 0 is row `first_row` of the whole.
+
+        It is `matrix` itself where the block is all of it.
+        """
+        *_, height, width = matrix.shape
+        if not first_row and self.rows == (0, height) and self.columns == (0, width):
+            return matrix
+        start, stop = (min(max(row - first_row, 0), height) for row in self.rows)
         return matrix[..., start:stop, self.columns[0] : self.columns[1]]
 
 
@@ -144,7 +150,8 @@ def apply_all(
         return
     torch._foreach_mul_(updates, [-size for size in step_size])
     torch._foreach_mul_(weights, keep)
-    torch._foreach_add_(weights, [update.view(weight.shape) for weight, update in zip(weights, updates)])
+    shaped = [u if u.shape == w.shape else u.view(w.shape) for w, u in zip(weights, updates)]
+    torch._foreach_add_(weights, shaped)
 
 
 def pieces_of(work: Work) -> Iterator[Piece]:

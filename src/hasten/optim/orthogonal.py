@@ -264,7 +264,7 @@ def _polynomial(gram: Tensor, coefficients: tuple[float, float, float], out: Ten
     a, b, c = coefficients
     add_product = torch.addmm if gram.ndim == 2 else torch.baddbmm
     add_product(gram, gram, gram, beta=b, alpha=c, out=out)
-    out.diagonal(dim1=-2, dim2=-1).add_(a)
+    out.diagonal(0, -2, -1).add_(a)
     return out
 
 
@@ -305,15 +305,13 @@ def _composed(gram: Tensor, coefficients: Coefficients) -> Tensor:
     """Return what the polynomials together multiply a matrix of this Gram matrix by; `gram` is overwritten."""
     polynomial, spare, total, other = (torch.empty_like(gram) for _ in range(4))
     for step, terms in enumerate(coefficients):
-        _polynomial(gram, terms, polynomial)
-        if step == 0:
-            total.copy_(polynomial)
-        else:
-            _product(polynomial, total, out=other)
+        current = _polynomial(gram, terms, polynomial if step else total)
+        if step:
+            _product(current, total, out=other)
             total, other = other, total
         if step + 1 < len(coefficients):
-            _product(polynomial, gram, out=spare)
-            _product(spare, polynomial, out=gram)
+            _product(current, gram, out=spare)
+            _product(spare, current, out=gram)
     return total
 
 
