@@ -134,7 +134,7 @@ def _axolotl() -> Packer:
         # Its defaults but for the processes; 200 documents in a row at most.
         return lambda: pack(lengths, case.capacity, group_size=100_000, bin_size=200, num_processes=1)
 
-    return Packer("axolotl", start, Case.outcome_of_pieces, most=20_000)
+    return Packer("axolotl", start, Case.outcome_of_pieces, most=100_000)
 
 
 def _grain(kind: str, bins: int) -> Packer:
@@ -180,7 +180,7 @@ def _llamafactory() -> Packer:
     def read(case: Case, rows: list) -> Outcome:
         return Outcome(len(rows), sum(map(sum, rows)), 0)
 
-    return Packer("llamafactory", start, read, most=20_000)
+    return Packer("llamafactory", start, read, most=100_000)
 
 
 def _module_at(package: str, place: str) -> Any:

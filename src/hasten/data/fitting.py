@@ -184,21 +184,6 @@ def pad(lengths_N: np.ndarray | Sequence[int], capacity: int, *, overflow: str =
     return _sliced(kept_N, (np.cumsum(rows_N) - rows_N) * capacity, capacity, lost=lost)
 
 
-def packing_named(name: str) -> Callable[..., Packing]:
-    """Return the function of `PACKINGS` called `name`.
-
-    Raises:
-        RecipeError: an unknown name.
-
-    Example:
-        >>> packing_named("pad").__name__
-        'pad'
-    """
-    if name not in PACKINGS:
-        raise RecipeError(f"packing={name!r} is unknown{nearest(name, PACKINGS)}; give {', '.join(PACKINGS)}.")
-    return PACKINGS[name]
-
-
 def _checked(
     lengths_N: np.ndarray | Sequence[int], capacities: Sequence[int], overflow: str
 ) -> tuple[np.ndarray, list[int]]:

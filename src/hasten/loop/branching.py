@@ -114,7 +114,8 @@ def take_over(state: State, loaded: checkpoint.Loaded) -> tuple[str, ...]:
         "factor": factor,
         "checkpoint_sha256": _manifest_sha256(loaded.path),
     }
-    notes = {name: loaded.state["notes"][name] for name in ("untrained",) if name in loaded.state["notes"]}
+    # How good the untrained model was is true of the branch too; what else is noted is its own.
+    told = {name: loaded.state["notes"][name] for name in ("untrained",) if name in loaded.state["notes"]}
     plain = {
         **loaded.state,
         "step": 0,
@@ -123,7 +124,7 @@ def take_over(state: State, loaded: checkpoint.Loaded) -> tuple[str, ...]:
         "status": "running",
         "reason": "",
         "progress": None,
-        "notes": {**notes, "branch": origin},
+        "notes": {**state.notes, **told, "branch": origin},
     }
     restore(state, loaded.tensors, plain)
     return tuple(_warnings(state, factor))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hasten import checkpoint
 from hasten.clip import Clip
-from hasten.data.batches import Batch, Batches
+from hasten.data.batches import Batch, Batches, Buffers
 from hasten.data.lengths import BatchSizes, LengthSchedule, WindowSchedule
 from hasten.data.reading import read
 from hasten.data.shards import PreparedData
@@ -87,6 +87,7 @@ class State:
     optimizer: RuledOptimizer
     clip: Clip
     batches: Batches
+    buffers: Buffers
     batch_sizes: BatchSizes
     guard: Guard
     device: torch.device
@@ -155,8 +156,12 @@ class State:
         return relative * self.batch_sizes(progress) / self.batch_sizes.rows
 
     def take(self, shape: Shape) -> tuple[list[Batch], tuple[int, ...]]:
-        """Return the micro-batches of the next step on the run's device, and the position after it."""
-        batches, position = self.batches.take(self.position, rows=shape.rows, length=shape.length)
+        """Return the micro-batches of the next step on the run's device, and the position after it.
+
+        They are valid until the next step is taken, which writes to the same memory: fresh memory for every large step
+        is paid for in page faults.
+        """
+        batches, position = self.batches.take(self.position, rows=shape.rows, length=shape.length, into=self.buffers)
         return [batch.to(self.device) for batch in batches], position
 
     def spend(self, phase: str, seconds: float) -> None:
@@ -245,6 +250,7 @@ def start(
         ),
         clip=recipe.clip.build(),
         batches=batches,
+        buffers=Buffers(recipe.data.document_mask),
         batch_sizes=batch_sizes,
         position=source.begin,
         guard=Guard(),

@@ -267,16 +267,18 @@ def mask_for(
 def _pairs(
     document_ids_BT: Tensor | None, window: Tensor | None, length: int, device: torch.device, dtype: torch.dtype
 ) -> Pairs | Scores:
+    """Return the mask as a number per pair; for a CPU without the causal part, which its kernel knows of."""
     t_T1, s_T = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)
-    seen = s_T <= t_T1
-    if window is not None:
-        seen = seen & (t_T1 - s_T < window)
+    limits = []
     if document_ids_BT is not None:
-        seen = seen & (document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :])
+        limits.append(document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :])
+    if window is not None:
+        limits.append((t_T1 - s_T < window)[None, None])
+    seen = limits[0] if len(limits) == 1 else limits[0] & limits[1]
     if device.type != "cpu":
-        return Pairs(seen)
-    added = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
-    return Scores(added if added.ndim == 4 else added[None, None])
+        return Pairs(seen & (s_T <= t_T1))
+    nothing, never = torch.zeros((), dtype=dtype), torch.full((), float("-inf"), dtype=dtype)
+    return Scores(torch.where(seen, nothing, never))
 
 
 def _blocks(

@@ -36,17 +36,17 @@ def plan_spans(document_ids_BT: Tensor, window: int) -> Tensor:
     is_first_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
     firsts = is_first_BT.flatten().nonzero()[:, 0].tolist()
     spans: list[tuple[int, int, int, int, int]] = []
-    for first, end in zip(firsts, [*firsts[1:], rows * length], strict=True):
+    for first, following in zip(firsts, [*firsts[1:], rows * length], strict=True):
         row, start = divmod(first, length)
-        stop = start + end - first
+        stop = start + following - first
         if start and stop - spans[-1][1] <= SHARED:
             spans[-1] = (row, spans[-1][1], stop, spans[-1][3], 1)
         elif stop - start <= window:
             spans.append((row, start, stop, start, 0))
         else:
             for begin in range(start, stop, BLOCK):
-                last = min(begin + BLOCK, stop)
-                spans.append((row, begin, last, max(start, begin - window + 1), int(last - start > window)))
+                end, first_key = min(begin + BLOCK, stop), max(start, begin - window + 1)
+                spans.append((row, begin, end, first_key, int(first_key < begin or window < end - begin)))
     # Two neighbours have more than SHARED positions together; blocks come on top.
     room = rows * (2 * length // SHARED + length // BLOCK + 2)
     return F.pad(torch.tensor(spans, dtype=torch.int32), (0, 0, 0, room - len(spans)))
