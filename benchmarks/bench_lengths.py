@@ -40,6 +40,7 @@ SETTINGS = [
     "batch_tokens=4096",
     "threads=1",
 ]
+EVALUATION_TOKENS = 131_072
 LADDER = (0.6, 0.7, 0.8, 0.9, 1.0)
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
@@ -66,7 +67,7 @@ def run_one(arm: str, seed: int, steps: int, extra: list[str]) -> dict:
     def note(event) -> None:
         lengths[event.values["seq_len"]] = lengths.get(event.values["seq_len"], 0) + 1
 
-    for stop in sorted({round(steps * part / 10) for part in range(1, 11)}):
+    for stop in sorted({round(steps * part / 5) for part in range(1, 6)}):
         began = time.process_time()
         advance(state, stop, hooks=[note])
         spent += time.process_time() - began
@@ -75,7 +76,7 @@ def run_one(arm: str, seed: int, steps: int, extra: list[str]) -> dict:
             data.val,
             seq_len=recipe.lengths.seq_len,
             document_token=data.document_token,
-            max_tokens=None if stop == steps else 32_768,
+            max_tokens=EVALUATION_TOKENS if stop == steps else EVALUATION_TOKENS // 8,
         )
         curve.append([stop, round(spent, 2), found.loss])
     return {
@@ -165,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", default="linear")
     parser.add_argument("--first", type=float, default=0.8, help="where the search on the ladder begins")

@@ -1,12 +1,13 @@
 """What the document mask costs in a training step over plain causal attention: same model, same tokens, CPU-seconds.
 
-    python benchmarks/bench_mask.py [--sizes nano d384] [--lengths 512] [--rounds 12] [--out FOLDER]
+    python benchmarks/bench_mask.py [--sizes nano d384] [--lengths 512 1024 2048] [--windows 64 256 1024] [--rounds 12]
 
-A step is forward, backward and AdamW, the making of the mask included. Three forms take turns, the order flips from
-round to round: `causal` (no documents), `documents` (what `loss_sum` does by default) and `boolean` (PyTorch's
-`scaled_dot_product_attention` with a boolean mask, the plain form). The figures are medians of the ratios to `causal`
-of the same round, with a bootstrap interval. Documents have log-normal lengths with the median and the 90th percentile
-of the functions of Python's standard library in bytes (257 and 993).
+A step is forward, backward and AdamW on one thread, the making of the mask included. The forms take turns, the order
+flips from round to round: `causal` (no documents), `documents` (what `loss_sum` does by default on one thread), `dense`
+(what it does by default in short rows and on more threads), `boolean` (PyTorch's `scaled_dot_product_attention` with a
+boolean mask), and windows over rows without documents. The figures are medians of the ratios to `causal` of the same
+round, with a bootstrap interval. Documents have log-normal lengths with the median and the 90th percentile of the
+functions of Python's standard library in bytes (257 and 993).
 """
 
 from __future__ import annotations
@@ -53,7 +54,13 @@ def boolean(document_ids_BT: Tensor) -> Pairs:
     return Pairs(same & torch.ones(length, length, dtype=torch.bool).tril())
 
 
-def measure(size: str, length: int, rounds: int) -> dict:
+def by(backend: str, model: Decoder, tokens_BT: Tensor, ids_BT: Tensor) -> Tensor:
+    """Return the loss of packed rows by a back end."""
+    model.attention = backend
+    return loss_sum(model, tokens_BT, tokens_BT, ids_BT)
+
+
+def measure(size: str, length: int, windows: list[int], rounds: int) -> dict:
     """Return the ratios of one size and row length."""
     generator = np.random.default_rng(0)
     model = Decoder(config_of(size, length), seed=0)
@@ -61,14 +68,20 @@ def measure(size: str, length: int, rounds: int) -> dict:
     rows = TOKENS_PER_STEP // length
     forms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "causal": lambda tokens_BT, ids_BT: loss_sum(model, tokens_BT, tokens_BT),
-        "documents": lambda tokens_BT, ids_BT: loss_sum(model, tokens_BT, tokens_BT, ids_BT),
+        "documents": lambda tokens_BT, ids_BT: by("auto", model, tokens_BT, ids_BT),
+        "dense": lambda tokens_BT, ids_BT: by("dense", model, tokens_BT, ids_BT),
         "boolean": lambda tokens_BT, ids_BT: model(tokens_BT, labels_BT=tokens_BT, mask=boolean(ids_BT)),
     }
+    for window in (torch.tensor(window) for window in windows if window < length):
+        forms[f"window {window}"] = lambda tokens_BT, _, window=window: loss_sum(
+            model, tokens_BT, tokens_BT, None, window
+        )
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for number in range(rounds + 1):  # the first warms up
         tokens_BT = torch.from_numpy(generator.integers(0, VOCAB_SIZE, (rows, length)))
         ids_BT = document_ids(rows, length, generator)
         for name in list(forms) if number % 2 else list(reversed(forms)):
+            model.attention = "auto"
             began = time.process_time()
             (forms[name](tokens_BT, ids_BT) / tokens_BT.numel()).backward()
             optimizer.step()
@@ -93,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["nano", "d384"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[512])
+    parser.add_argument("--windows", nargs="*", type=int, default=[])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -100,7 +114,7 @@ def main() -> None:
     results = []
     for size in options.sizes:
         for length in options.lengths:
-            results.append(measure(size, length, options.rounds))
+            results.append(measure(size, length, options.windows, options.rounds))
             print(json.dumps(results[-1]), flush=True)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,10 @@
 
     python benchmarks/bench_optimizers.py [--lists tiny,small,gpt] [--only Lion,Muon] [--steps 30] [--threads 2]
                                           [--limit 120] [--quick] [--without LABEL,...] [--heavyball] [--out FOLDER]
-                                          [--update]
+                                          [--update] [--soap-reference PATH/soap.py]
 
-Peers: ``pip install -r benchmarks/requirements-peers.txt``; one that is not installed is reported as missing. The whole
+Peers: ``pip install -r benchmarks/requirements-peers.txt``; one that is not installed is reported as missing. The SOAP
+authors' code is one file of their repository, github.com/nikhilvyas/SOAP, which ``--soap-reference`` names. The whole
 run takes about half an hour on two cores, ``--quick`` a few minutes. How everything is measured stands in the README
 that is written beside the figures.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -47,6 +49,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--heavyball", action="store_true", help="heavyball too: a minute of compiling for each")
     parser.add_argument("--out", type=Path, help="folder for result.json and README.md")
     parser.add_argument("--update", action="store_true", help="keep the families in --out that are not measured now")
+    parser.add_argument("--soap-reference", type=Path, help="the SOAP authors' soap.py, to measure it too")
     options = parser.parse_args()
     options.steps = options.steps or (6 if options.quick else 30)
     options.limit = options.limit or (15.0 if options.quick else 120.0)
@@ -79,12 +82,14 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that are installed."""
+def versions(soap_reference: Path | None) -> dict[str, str]:
+    """Return the versions of the packages that are installed, and the hash of the SOAP authors' file."""
     installed = {
         dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in importlib.metadata.distributions()
     }
     found = {name: installed.get(name.lower().replace("_", "-")) for name in PACKAGES}
+    if soap_reference:
+        found["soap.py of the authors, sha256"] = hashlib.sha256(soap_reference.read_bytes()).hexdigest()[:16]
     return {name: version for name, version in found.items() if version}
 
 
@@ -128,7 +133,7 @@ def main() -> None:
     options = parsed()
     in_fixed_environment(options.threads)
     import torch
-    from optimizer_peers import CANDIDATES, FAMILIES, LISTS
+    from optimizer_peers import CANDIDATES, FAMILIES, LISTS, soap_authors
     from optimizer_report import figures_table, verdict_table, verdicts
     from optimizer_timing import families_of, measured, singular_values
 
@@ -139,7 +144,8 @@ def main() -> None:
     result = fresh_result(options, families, lists)
     load, stamp = os.getloadavg()[0], {"commit": commit(), "date": f"{datetime.date.today()}"}
     left_out = {*options.without.split(","), *(() if options.heavyball else ("heavyball",))}
-    candidates = [c for c in CANDIDATES if c.family in families and c.label not in left_out]
+    authors = soap_authors(options.soap_reference) if options.soap_reference else ()
+    candidates = [c for c in (*CANDIDATES, *authors) if c.family in families and c.label not in left_out]
     if "Muon" in families:
         for candidate in (c for c in candidates if c.family == "Muon" and c.module not in ("heavyball", "timm.optim")):
             try:
@@ -163,12 +169,14 @@ def main() -> None:
     result["rows"].sort(key=lambda row: place[row["list"], row["family"]])
     used = [name for name in LISTS if any(row["list"] == name for row in result["rows"])]
     shapes = {name: [size for _, size in LISTS[name].shapes()] for name in used}
-    command = shlex.join(["python", "benchmarks/bench_optimizers.py", *sys.argv[1:]])
+    # Where somebody keeps the authors' file is nobody's business; what it is stands with the versions.
+    words = [options.soap_reference.name if word == str(options.soap_reference) else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/bench_optimizers.py", *words])
     loads = {"load_at_start": load, "load_at_end": os.getloadavg()[0]}
     result["runs"].append({"command": command, **stamp, "threads": options.threads, **loads})
     result = {
         "machine": machine(options.device),
-        "versions": versions(),
+        "versions": versions(options.soap_reference),
         "lists": {
             name: {"parameters": sum(map(math.prod, sizes)), "tensors": len(sizes)} for name, sizes in shapes.items()
         },

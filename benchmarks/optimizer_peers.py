@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,8 @@ from torch.optim import _muon
 
 LR, DECAY = 1e-3, 0.1
 OURS = "hasten.optim"
+# Under this name the file with the SOAP authors' code is imported: it is on GitHub (nikhilvyas/SOAP), not on PyPI.
+SOAP_AUTHORS = "soap_authors"
 
 
 class Missing(Exception):
@@ -106,6 +111,12 @@ def _use_muon(cls: Any, weights: Weights, settings: Mapping[str, Any]) -> list[t
     return [hidden, fused_adamw(weights.rest)]
 
 
+def _short_sides_beside_adamw(cls: Any, weights: Weights, settings: Mapping[str, Any]) -> list[torch.optim.Optimizer]:
+    # The nearest that the authors' code has to one side only: none longer than the short one (squares keep both).
+    longest = max(min(p.shape) for p in weights.hidden)
+    return _hidden_beside_adamw(cls, weights, {**settings, "max_precond_dim": longest})
+
+
 def _our_groups(cls: Any, weights: Weights, settings: Mapping[str, Any]) -> list[torch.optim.Optimizer]:
     hidden = {"params": weights.hidden, "weight_decay": DECAY}
     return [cls([hidden, *decayed(weights.rest, rule="adamw")], **settings)]
@@ -164,6 +175,7 @@ class Candidate:
         build: makes the optimizers, one or two stepped together.
         first_step: the first step where it is another one.
         drops_gradients: whether its step sets gradients to None.
+        does_less: whether it leaves out part of what the family's others do, and so is no peer.
     """
 
     family: str
@@ -174,6 +186,7 @@ class Candidate:
     build: Callable[[Any, Weights, Mapping[str, Any]], list[torch.optim.Optimizer]] = _all
     first_step: Callable[[list[torch.optim.Optimizer], Weights], None] | None = None
     drops_gradients: bool = False
+    does_less: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -183,7 +196,7 @@ class Candidate:
     @property
     def is_peer(self) -> bool:
         """Return whether a package offers it; one that is patched here only shows what the package could do."""
-        return self.module not in (OURS, __name__)
+        return self.module not in (OURS, __name__) and not self.does_less
 
     def find(self) -> Any:
         """Return the class.
@@ -327,5 +340,23 @@ CANDIDATES: tuple[Candidate, ...] = (
     ),
     _ours("SOAPMuon"),
 )
+
+
+def soap_authors(path: Path) -> tuple[Candidate, ...]:
+    """Return the SOAP authors' code, imported from a file, as candidates: both sides, and short sides only."""
+    spec = importlib.util.spec_from_file_location(SOAP_AUTHORS, path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"--soap-reference {path} is no Python file; give the soap.py of github.com/nikhilvyas/SOAP.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[SOAP_AUTHORS] = module
+    settings = {"lr": LR, **_SOAP_PEER}
+    return (
+        Candidate("SOAP", "authors", SOAP_AUTHORS, "SOAP", settings, _hidden_beside_adamw),
+        Candidate(
+            *("SOAP", "authors, short sides", SOAP_AUTHORS, "SOAP", settings, _short_sides_beside_adamw), does_less=True
+        ),
+    )
+
 
 FAMILIES = tuple(dict.fromkeys(candidate.family for candidate in CANDIDATES))

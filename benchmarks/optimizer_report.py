@@ -106,15 +106,18 @@ def judged_number(found: float | None, bar: float) -> str:
 
 
 def verdicts(result: Figures) -> list[Figures]:
-    """Return one line per bar: what was asked, what was found, and whether it holds."""
+    """Return one line per bar: what was asked, what was found, and whether it holds; none on families not measured."""
+    families = {row["family"] for row in result["rows"]}
     broken = [row for row in result["rows"] if row["ours"] and row["status"].startswith("failed")]
     rows = [row for row in result["rows"] if row["ours"] and row["status"] == "measured"]
     plain = {row["family"]: row for row in rows if row["label"] == "hasten" and row["list"] == BARS_ARE_ON}
     lines = [
         _line(f"{family} <= {bar} x fused AdamW", (plain.get(family) or {}).get("cpu_ratio"), bar)
         for family, bar in TIME_BARS.items()
+        if family in families
     ]
-    lines.append(_temporaries({family: row for family, row in plain.items() if family not in MATRIX_FAMILIES}))
+    if families.difference(MATRIX_FAMILIES):
+        lines.append(_temporaries({family: row for family, row in plain.items() if family not in MATRIX_FAMILIES}))
     for name in dict.fromkeys(row["list"] for row in result["rows"]):
         lines.append(_no_slower(name, best_peers(result["against"], name)))
     pairs = {
@@ -127,19 +130,26 @@ def verdicts(result: Figures) -> list[Figures]:
         ("Muon", "hasten", "torch, patched to float32", 0.8),
         ("SOAP", "hasten", "pytorch_optimizer", 0.55),
         ("SOAP", "hasten one-sided", "pytorch_optimizer", 0.2),
+        ("SOAP", "hasten", "authors", 0.55),
+        ("SOAP", "hasten one-sided", "authors", 0.2),
     ):
+        if family not in families or (other == "authors" and (family, ours, other) not in pairs):
+            continue
         name = family + ours.removeprefix("hasten").replace(" one-sided", " (one-sided)")
         lines.append(_line(f"{name} <= {bar} x {other}", pairs.get((family, ours, other)), bar))
-    lines.append(_singular_values(result["singular_values"]))
+    if "Muon" in families:
+        lines.append(_singular_values(result["singular_values"]))
     soap = [row for row in rows if row["family"] == "SOAP" and row["list"] == BARS_ARE_ON]
     worst = {row["label"]: row["worst_step_over_mean"] for row in soap}
-    for label in ("hasten", "hasten one-sided"):
+    for label in ("hasten", "hasten one-sided") if "SOAP" in families else ():
         found = worst.get(label)
         text = "-" if found is None else f"{found:.2f}"
         lines.append(
             {"bar": f"SOAP ({label}): worst step <= 2 x mean", "found": text, "verdict": judged_number(found, 2)}
         )
     for family, bar in STATE_BARS.items():
+        if family not in families:
+            continue
         found = (plain.get(family) or {}).get("state_bytes_per_parameter")
         text = "-" if found is None else f"{found:.3f}"
         lines.append(
@@ -256,8 +266,9 @@ torch's CPU allocator during the second step (SOAP: over a period; of the first 
 over ten seconds), highest sum of allocations less releases; what C code takes from the system directly is not seen.
 pytorch_optimizer and schedulefree are measured in their default multi-tensor form and with `foreach=False`. The
 former's SignSGD has no Nesterov term, its SophiaH another estimate of curvature, made outside the step as ours is.
-"Patched" rows are no peers: they show what a package could do with one function replaced. After its last step every
-candidate's weights are checked: all finite, every tensor moved."""
+"Patched" rows are no peers: they show what a package could do with one function replaced; nor are "short sides": the
+SOAP authors' code with `max_precond_dim` at the longest short side, one basis a matrix and two a square. After its last
+step every candidate's weights are checked: all finite, every tensor moved."""
 
 NOT_CONTROLLED = """\
 Not controlled: other work on the machine, clock, cache and page state. Gradients do not change, so that branches that

@@ -35,7 +35,7 @@ def meanings(table: type[BaseModel]) -> dict[str, str]:
     for base in reversed(table.__mro__):
         text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
         _, _, args = text.partition("Args:\n")
-        for match in re.finditer(r"^ {4}([a-z_, ]+): (.*?)(?=^ {4}\S|\Z)", args, re.M | re.S):
+        for match in re.finditer(r"^ {4}([a-z0-9_, ]+): (.*?)(?=^ {4}\S|\Z)", args, re.M | re.S):
             for name in match[1].split(", "):
                 found[name.strip()] = " ".join(match[2].split())
     return found
@@ -47,7 +47,7 @@ def shown(value: object) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"`{value if isinstance(value, Duration) else str(value)}`"
+    return f"`{value if isinstance(value, Duration) else str(value)}`".replace("|", "\\|")
 
 
 def page() -> str:

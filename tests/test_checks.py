@@ -222,3 +222,21 @@ def test_a_batch_schedule_that_never_changes_the_step_is_told(micro_rows, is_tol
     found = check_horizon(recipe, replace(GOOD, micro_rows=micro_rows))
     assert bool(found) == is_told
     assert all("batch.schedule never changes the step: it always has 10 rows" in f.message for f in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("schedule=custom", "schedule.expression=linear(share=0.5, floor=0) | hold()"), "zero at about 50%"),
+        (("schedule=wsd", "schedule.cooldown=0.05%"), "less than one of 1000 steps"),
+        (("schedule=stages", "schedule.levels=[[0.5,1.0]]"), "changes nothing, as it is 1 before"),
+        (("schedule.weight_decay=constant(1.0)",), "schedule.weight_decay=constant(1.0) never changes weight_decay"),
+        (("schedule.floor=1",), "schedule.floor=1 keeps schedule=cosine at its peak"),
+        (("schedule.warmup_start=1",), "schedule.warmup_start=1 begins at the peak"),
+        (("schedule.warmup=0.01%",), "is less than one step, so it does nothing"),
+    ],
+)
+def test_a_schedule_that_does_nothing_or_harm_is_told_once(settings, said):
+    found = check(recipe_of(*settings), GOOD)
+    assert [finding.level for finding in found] == ["warning"]
+    assert said in found[0].message

@@ -26,7 +26,7 @@ from hasten.optim.sgd import MOMENTUM, NESTEROV, PLAIN
 from hasten.optim.signs import LION_KERNEL, PLAIN_SIGNUM_KERNEL, SIGNUM_KERNEL
 from hasten.optim.sophia import ESTIMATE
 from hasten.optim.sophia import KERNEL as SOPHIA
-from hasten.optim.storage import QUANTUM, empty_packed, round_randomly
+from hasten.optim.storage import QUANTUM, empty_packed, mix, mix_number, round_randomly
 from hasten.optim.tracing import trace
 
 KERNELS = {
@@ -163,6 +163,28 @@ def test_a_number_can_be_one_for_each_tensor():
     assert_same(*found, tolerance=1e-6)
     whole = run(MARS, "native", given)
     assert not torch.equal(whole["exp_avg"][2], found[0]["exp_avg"][2])
+
+
+@pytest.mark.parametrize("path", ["native", "eager"])
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["alike", "mixed"])
+def test_lists_with_numbers_of_their_own_equal_calls_of_their_own(path, is_mixed):
+    given, halved = tensors(ADAM), {name: value / 2 for name, value in numbers(ADAM).items()}
+    lists = [{name: [place + t for t in values] for name, values in given.items()} for place in (0.0, 1.0)]
+    if is_mixed:
+        lists[1] = {name: [t.double() for t in values] for name, values in lists[1].items()}
+    apart = [{name: [t.clone() for t in values] for name, values in each.items()} for each in lists]
+    with use(path):
+        ADAM.each([(lists[0], numbers(ADAM)), (lists[1], halved)])
+        ADAM(apart[0], numbers(ADAM))
+        ADAM(apart[1], halved)
+    for together, alone in zip(lists, apart, strict=True):
+        assert all(torch.equal(a, b) for name in alone for a, b in zip(together[name], alone[name], strict=True))
+    assert not torch.equal(apart[0]["p"][4].double(), apart[1]["p"][4].double() - 1.0)
+
+
+def test_one_number_is_mixed_as_a_tensor_of_it_is():
+    for number in (0, 1, 2**31 + 5, 2**32 - 1, 2**32 + 7, 0x9E3779B9 * 3 + 11):
+        assert mix_number(number) == int(mix(torch.tensor(number)))
 
 
 def test_a_function_that_cannot_be_followed_is_no_kernel():

@@ -108,6 +108,36 @@ def test_gram_form_is_taken_where_it_needs_fewer_products() -> None:
     assert not orthogonal.gram_is_cheaper(100.0, 1)
 
 
+@pytest.mark.parametrize("coefficients", orthogonal.METHODS)
+def test_small_matrices_go_through_together_as_precisely_as_their_singular_values(coefficients: str) -> None:
+    # The second is nearly singular; the last two are beyond what counts as small, and of the usual precision.
+    shapes = [(24, 8), (8, 8), (8, 32), (1, 5), (5, 1), (64, 64), (64, 512), (65, 65), (64, 513)]
+    given = [noise(*shape, seed=place) for place, shape in enumerate(shapes)]
+    given[1][:, 7] = given[1][:, :7].sum(-1) + 1e-5 * given[1][:, 7]
+    found = [matrix.clone() for matrix in given]
+    threads = torch.get_num_threads()
+    orthogonal.orthogonalize_all_(found, coefficients=coefficients, steps=5, dtype=torch.float32)
+    assert torch.get_num_threads() == threads
+    for place, (matrix, result) in enumerate(zip(given, found)):
+        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        order = 4 if coefficients == "minimax" else 2
+        x = values / torch.linalg.vector_norm(values, order) / (1.02 if coefficients == "polar_express" else 1.0)
+        for a, b, c in orthogonal.tuples(coefficients, 5):
+            x = a * x + b * x**3 + c * x**5
+        expected = left * x @ right
+        assert (result - expected).norm() <= (1e-6 if place < 7 else 2e-4) * expected.norm(), shapes[place]
+
+
+def test_what_goes_through_together_does_not_change_a_small_matrix() -> None:
+    given = [noise(8, columns, seed=columns) for columns in (8, 24, 32, 5, 8, 8, 8, 8, 40)]
+    alone, together = ([matrix.clone() for matrix in given] for _ in range(2))
+    settings = {"coefficients": "minimax", "steps": 5}
+    orthogonal.orthogonalize_all_(together, **settings)
+    for matrix in alone:
+        orthogonal.orthogonalize_all_([matrix], **settings)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(alone, together))
+
+
 @pytest.mark.parametrize("span", [1e2, 1e4])
 def test_bfloat16_stays_bounded_on_ill_conditioned_matrices(span: float) -> None:
     left, right = torch.linalg.qr(noise(32, 32))[0], torch.linalg.qr(noise(128, 32))[0]

@@ -327,6 +327,26 @@ def test_a_matrix_rule_leaves_vectors_to_adamw_in_one_object():
     assert set(stepper.state_dict()["state"]) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "prodigy"])  # whose groups share one estimate
+def test_groups_are_updated_as_by_optimizers_of_their_own(name: str, rounding: str) -> None:
+    dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
+    together, alone = ([weights(dtype), weights(dtype)] for _ in range(2))
+    settings = ({"lr": 1e-2, "weight_decay": 0.1}, {"lr": 3e-3, "weight_decay": 0.0})
+    groups = [{"params": params, **own} for params, own in zip(together, settings, strict=True)]
+    joint = OPTIMIZERS[name](groups, **SETTINGS.get(name, {}), rounding=rounding)
+    own = [build(name, params, **its, rounding=rounding) for params, its in zip(alone, settings, strict=True)]
+    for step in range(STEPS):
+        for params in (*together, *alone):
+            give_gradients(params, step)
+        joint.step()
+        for each in own:
+            each.step()
+    for mine, theirs in zip(together, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(*together, strict=True))
+
+
 def test_groups_can_have_rules_of_their_own():
     params = weights()
     stepper = Lion([{"params": params[:1], "rule": "muon"}, {"params": params[1:], "lr": 1e-3}], lr=1e-2)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hasten.checks.findings import Finding, error, warning, worst_first
+from hasten.errors import RecipeError
 from hasten.recipe import Recipe
+from hasten.schedules import findings
 
 # Up to here repeated data is worth nearly as much as fresh data: Muennighoff et al. 2023, arXiv:2305.16264.
 EPOCHS_WORTH_FRESH_DATA = 4
@@ -80,7 +83,7 @@ def check_horizon(recipe: Recipe, facts: Facts) -> list[Finding]:
     """Return what is doubtful about the number of steps that a run takes; nothing while it is unknown."""
     if facts.total_steps is None:
         return []
-    about = (_steps, _lengths, _batch_sizes, _evaluation)
+    about = (_steps, _curves, _lengths, _batch_sizes, _evaluation)
     return worst_first([finding for ask in about for finding in ask(recipe, facts, facts.total_steps)])
 
 
@@ -210,16 +213,36 @@ def _steps_per_epoch(recipe: Recipe, facts: Facts) -> float:
     return facts.steps_per_epoch or rows / recipe.rows_per_step
 
 
-def _lengths(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]:
-    lengths, seq_len = recipe.lengths, recipe.lengths.seq_len
-    if lengths.name == "constant":
-        return
-    run = {
+def _curves(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]:
+    try:
+        curves = recipe.schedule.build_all(**_run(recipe, facts, total_steps))
+    except RecipeError:
+        return  # a warm-up as long as the run, which `_steps` refuses
+    rate = curves.pop("lr")
+    told = () if recipe.schedule.name == "custom" else ("warmup(",)  # those are said in the words of their keys
+    if getattr(recipe.schedule, "floor", 0.0) == 1:
+        told = (*told, f"{recipe.schedule.name}(")
+    yield from (warning(said) for said in findings(rate, total_steps) if not said.startswith(told))
+    for name, curve in curves.items():
+        if len({curve(point / 100) for point in range(101)}) == 1:
+            yield warning(f"schedule.{name}={curve!r} never changes {name}, so it does nothing: leave it out.")
+        yield from map(warning, findings(curve, total_steps, what=name))
+
+
+def _run(recipe: Recipe, facts: Facts, total_steps: int) -> dict[str, Any]:
+    return {
         "total_steps": total_steps,
         "tokens_per_step": recipe.tokens_per_step,
         "steps_per_epoch": _steps_per_epoch(recipe, facts),
         "seconds": recipe.budget.value if recipe.budget.unit == "seconds" else None,
     }
+
+
+def _lengths(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]:
+    lengths, seq_len = recipe.lengths, recipe.lengths.seq_len
+    if lengths.name == "constant":
+        return
+    run = _run(recipe, facts, total_steps)
     over = lengths.over.share_of_run("lengths.over", **run)
     whole = f"lengths.over={lengths.over} of {total_steps} steps"
     if over * total_steps < 2:

@@ -76,6 +76,9 @@ class Display:
     def _on_resume(self, step: int, values: dict[str, Any]) -> None:
         self._print(Text(f"resuming at step {step:,}"))
 
+    def _on_branch(self, step: int, values: dict[str, Any]) -> None:
+        self.note(f"branched from {printable(values['run'])} at step {values['run_step']:,}")
+
     def _on_untrained(self, step: int, values: dict[str, Any]) -> None:
         self._print(Text(f"untrained: {values['val_bpb']:.3f} bits per byte"))
 

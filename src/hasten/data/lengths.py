@@ -40,8 +40,8 @@ GROWTHS: dict[str, Callable[[float, float], float]] = {
 class LengthSchedule:
     """The tokens of a row at every progress: growing over the first `share` of a run, `seq_len` from then on.
 
-    ``wanted = start + (seq_len - start) * growth(progress / share)``, brought down to the nearest member of `sizes`, so
-    that compiled shapes stay few; ``steps`` holds every shorter size for an equal part of the share instead. After that,
+    ``wanted = start + (seq_len - start) * growth(progress / share)``, brought down to the next member of `sizes`, so
+    that compiled shapes stay few; ``steps`` holds every shorter size for an equal part of it instead. After that,
     `replay` of the steps read short rows again: which ones is a hash of (seed, step), so nothing needs to be stored.
 
     Args:
@@ -116,7 +116,7 @@ class LengthSchedule:
         return self.sizes[min(int(drawn / self.replay * (len(self.sizes) - 1)), len(self.sizes) - 2)]
 
     def realised(self, total_steps: int) -> dict[int, float]:
-        """Return the share of a run's steps that each length gets, shortest first; the lengths never used are absent."""
+        """Return the share of a run's steps that each length gets, shortest first; lengths never used are absent."""
         stride = max(1, total_steps // SAMPLED_STEPS)
         steps = range(0, total_steps, stride)
         counts = Counter(self(step / total_steps, step) for step in steps)

@@ -90,6 +90,7 @@ def stopped(state: State, folder: RunFolder, tell: Teller, signal_name: str) -> 
 
 def _write(state: State, folder: RunFolder, tell: Teller, values: Mapping[str, Any], seconds: float) -> Result:
     trained = state.phases.get("train", 0.0) + state.phases.get("data", 0.0)
+    before = state.notes.get("branch", {}).get("run_tokens", 0)  # those of the run that this one branched from
     tell("phases", **state.phases)
     untrained = state.notes.get("untrained", {})
     result = {
@@ -106,7 +107,7 @@ def _write(state: State, folder: RunFolder, tell: Teller, values: Mapping[str, A
         "total_steps": state.total_steps,
         "seconds": seconds,
         "phases": dict(state.phases),
-        "tokens_per_second": state.tokens / trained if trained else None,
+        "tokens_per_second": (state.tokens - before) / trained if trained else None,
         "params": count_parameters(state.config),
         "seed": state.seed,
         "corpus": state.data.manifest["corpus"],

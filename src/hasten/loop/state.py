@@ -281,14 +281,20 @@ def budget_steps(recipe: Recipe, tokens_per_step: int, steps_per_epoch: float) -
 def set_horizon(state: State, total_steps: int) -> None:
     """Fix the horizon of a run that has none: its progress map and the schedules that live on it."""
     state.progress = Progress(((0, 0.0), (total_steps, 1.0)))
-    state.optimizer.set_horizon(total_steps)
+    _tell_optimizer(state, total_steps)
     build_schedule(state, total_steps)
 
 
 def replan(state: State, total_steps: int) -> None:
     """Give the rest of the run another number of steps, as a new knot of its progress."""
     state.progress = state.progress.replanned(state.step, total_steps)
-    state.optimizer.set_horizon(total_steps)
+    _tell_optimizer(state, total_steps)
+
+
+def _tell_optimizer(state: State, total_steps: int) -> None:
+    """Tell the optimizer the horizon; a branch keeps that of the run it came from, whose steps it counts on."""
+    if "branch" not in state.notes:
+        state.optimizer.set_horizon(total_steps)
 
 
 @contextmanager

@@ -31,9 +31,12 @@ Backend = Literal["varlen", "flex", "dense"]
 TOKENS_PER_DOCUMENT = 64
 
 
-# Threads wait for each other at the end of every span. Where other work holds a core, that took 1.5 to 3 times as long
-# as plain causal attention at 512 positions and 1.1 to 1.7 times at 2048; on free cores 0.75 and 0.37 times.
-LONG_ENOUGH_FOR_THREADS = 1024
+# Row length from which a CPU goes document by document, on one thread and on more. A call per document costs more than
+# it saves in short rows: 1.3 to 1.6 times plain causal attention at 64 positions, 1.1 to 1.2 at 128, 0.9 to 1.0 at 256,
+# 0.73 at 512. Threads wait for each other at the end of every call, which hurts where other work holds a core: whole
+# steps of `nano` at 512 then took 1.5 times as long as with plain causal attention; on free cores attention alone took
+# 0.80 times as long at 512 and 0.37 times at 2048.
+DOCUMENTS_FROM = {"one thread": 512, "threads": 1024}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Work:
         windowed: whether the window is limited, to a number that changes while training.
         compiling: whether the mask is made inside compiled code, where documents cannot be counted.
         threads: that PyTorch uses on a CPU.  capability: compute capability of a CUDA device.
+        has_varlen: whether this PyTorch has `torch.nn.attention.varlen`.  has_triton: whether triton is installed.
     """
 
     device: str
@@ -63,6 +67,20 @@ class Work:
     compiling: bool = False
     threads: int = 1
     capability: tuple[int, int] = (0, 0)
+    has_varlen: bool = False
+    has_triton: bool = False
+
+
+def work_on(device: torch.device, dtype: torch.dtype, head_dim: int, length: int, *, windowed: bool) -> Work:
+    """Return the work of a model on `device`, with what is installed here."""
+    compiling = torch.compiler.is_compiling()
+    known: dict[str, Any] = {"windowed": windowed, "compiling": compiling}
+    if device.type == "cpu" and not compiling:  # a compiler cannot ask for it, and it makes no difference then
+        known["threads"] = torch.get_num_threads()
+    if device.type == "cuda":
+        known["capability"] = torch.cuda.get_device_capability(device)
+        known["has_varlen"], known["has_triton"] = _is_installed("torch.nn.attention.varlen"), _is_installed("triton")
+    return Work(device.type, dtype, head_dim, length, **known)
 
 
 def choose(work: Work, wish: str = "auto") -> Choice:
@@ -87,10 +105,12 @@ def choose(work: Work, wish: str = "auto") -> Choice:
         if obstacles[name]:
             raise RecipeError(f"attention={name} cannot train here, because {obstacles[name]}; choose attention=auto")
         return Choice(name, "as asked")
-    if work.device == "cpu" and work.threads > 1 and work.length < LONG_ENOUGH_FOR_THREADS:
-        obstacles["varlen"] = f"in rows of {work.length} its {work.threads} threads may wait longer than they compute"
+    least = DOCUMENTS_FROM["one thread" if work.threads == 1 else "threads"]
+    if work.device == "cpu" and work.length < least:
+        obstacles["varlen"] = f"rows of {work.length} are too short for it to pay on a CPU, below {least}"
     name = next(name for name, obstacle in obstacles.items() if not obstacle)
-    return Choice(name, "; ".join(f"not {name}: {obstacle}" for name, obstacle in obstacles.items() if obstacle))
+    passed_over = list(obstacles)[: list(obstacles).index(name)]
+    return Choice(name, "; ".join(f"not {other}: {obstacles[other]}" for other in passed_over) or "the fastest")
 
 
 def _obstacle_to_varlen(work: Work) -> str:
@@ -108,7 +128,7 @@ def _obstacle_to_varlen(work: Work) -> str:
         return f"its kernels take heads of a multiple of 8 up to 256, not {work.head_dim}"
     if work.windowed:
         return "its kernels take the window as a constant, and the model would be compiled anew for each"
-    return "" if _is_installed("torch.nn.attention.varlen") else f"torch {torch.__version__} has none"
+    return "" if work.has_varlen else f"torch {torch.__version__} has none"
 
 
 def _obstacle_to_flex(work: Work) -> str:
@@ -118,7 +138,7 @@ def _obstacle_to_flex(work: Work) -> str:
         return f"its kernels need compute capability 7.0, and this GPU has {work.capability[0]}.{work.capability[1]}"
     if work.head_dim < 16:
         return f"its kernels take heads of at least 16, not {work.head_dim}"
-    return "" if _is_installed("triton") else "triton is not installed"
+    return "" if work.has_triton else "triton is not installed"
 
 
 @cache

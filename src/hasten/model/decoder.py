@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hasten.model.attention import Causal, Choice, Mask, Pairs, Work, choose, mask_for
+from hasten.model.attention import Causal, Choice, Mask, Pairs, choose, mask_for, work_on
 from hasten.model.loss import summed_loss
 from hasten.model.shape import ModelConfig
 
@@ -116,17 +116,8 @@ class Decoder(nn.Module):
         Raises:
             RecipeError: `attention` names a back end that does not exist or cannot train here.
         """
-        device, dtype = self.lm_head.weight.device, self.lm_head.weight.dtype
-        work = Work(
-            device.type,
-            dtype,
-            self.config.head_dim,
-            length,
-            windowed=windowed,
-            compiling=torch.compiler.is_compiling(),
-            threads=torch.get_num_threads(),
-            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0),
-        )
+        matrix = self.lm_head.weight
+        work = work_on(matrix.device, matrix.dtype, self.config.head_dim, length, windowed=windowed)
         return choose(work, self.attention)
 
     def new_cache(self, *, rows: int = 1, capacity: int | None = None) -> Cache:
@@ -318,10 +309,16 @@ def _cached_mask(start: int, stop: int, device: torch.device) -> Mask:
     return Pairs(torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(start))
 
 
-def _rotary_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
+def _rotary_tables(config: ModelConfig, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return cosine and signed sine of every position and channel.
+
+    Frequencies are transformers' float32 numbers; angles are not rounded. Rounded to float32, a document's gradients
+    were off by 1.2e-5 of the largest where it began at position 7,592 of 8,192 and not at 0; so, by 1e-6.
+    """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * (1.0 / config.rope_theta**exponents)
-    return angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * (1.0 / config.rope_theta**exponents)
+    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
+    return cosine.repeat(1, 2), torch.cat([-sine, sine], dim=1)
 
 
 @torch.no_grad()
