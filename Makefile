@@ -44,6 +44,10 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/bench_loop.py
 	$(BIN)/python benchmarks/bench_loader.py
 	$(BIN)/python benchmarks/bench_prepare.py
+	$(BIN)/python benchmarks/bench_mask.py
+	$(PIP) --no-deps --target build/packing-peers -r benchmarks/requirements-packing.txt
+	$(BIN)/python benchmarks/bench_packing.py --peers build/packing-peers
+	$(BIN)/python benchmarks/bench_lengths.py --out build/lengths
 	$(PIP) -r benchmarks/requirements-peers.txt
 	$(BIN)/python benchmarks/bench_optimizers.py --quick
 	$(BIN)/python benchmarks/bench_optimizer_steps.py --out benchmarks/results/latest_optimizer_steps

@@ -69,9 +69,8 @@ def functions() -> np.ndarray:
         if "site-packages" in path.parts:
             continue
         try:
-            with warnings.catch_warnings(action="ignore"):
-                text = path.read_bytes()
-                tree = ast.parse(text)
+            text = path.read_bytes()
+            tree = ast.parse(text)
         except (SyntaxError, ValueError):
             continue
         places = np.cumsum([0, *(len(line) for line in text.splitlines(keepends=True))])
