@@ -203,6 +203,14 @@ def test_clipping_that_never_acted_is_warned_of(tmp_path: Path) -> None:
     assert "Clipping is off." in words(page_of(without))
 
 
+def test_a_length_schedule_that_never_acted_is_warned_of(tmp_path: Path) -> None:
+    growing = RECIPE + '\n[lengths]\nname = "linear"\nseq_len = {}\n'
+    idle = make_run(tmp_path / "idle", steps=50, recipe=growing.format(256))
+    busy = make_run(tmp_path / "busy", steps=50, recipe=growing.format(512))
+    said = [warnings(run) for run in read_runs([idle, busy])]
+    assert said == [["lengths=linear enabled, acted on 0 of 50 steps: every row had 256 tokens."], []]
+
+
 def test_resumed_run_forgets_what_it_did_again(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", steps=50)
     record = Record(RunFolder(folder), 2)

@@ -58,7 +58,11 @@ class Timetable:
             self._tell("plan", total_steps=state.total_steps, knots=state.progress.to_json())
         else:
             left = self._budget - state.clock.seconds if self._budget is not None else None
+            before = state.phases.get("probe", 0.0)
             choose_compile(state, self._tell, None, left, probe)
+            is_new = state.phases.get("probe", 0.0) == before and not state.notes["compile"]
+            if is_new and len(state.recipe.lengths.row_lengths) > 1:
+                probe(state, passes=1)  # a lack of memory at the longest row shows now, not when it is first read
         self._planned_at = state.clock.seconds
         self._pace.observe(state.work, self._trained(state))
         for name in ("evaluate", "checkpoint"):

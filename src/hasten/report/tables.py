@@ -145,6 +145,18 @@ def warnings(run: Run) -> list[str]:
 
 
 def _without_effect(run: Run) -> list[str]:
+    return [*_unclipped(run), *_never_short(run)]
+
+
+def _never_short(run: Run) -> list[str]:
+    name, full = run.setting("lengths.name"), run.setting("lengths.seq_len")
+    lengths = run.series["seq_len"][np.isfinite(run.series["seq_len"])]
+    if name in (None, "constant", "window") or not len(lengths) or (lengths != full).any():
+        return []
+    return [f"lengths={name} enabled, acted on 0 of {len(lengths):,} steps: every row had {full:,} tokens."]
+
+
+def _unclipped(run: Run) -> list[str]:
     acted, of = clipped_steps(run)
     name = run.setting("clip.name")
     if of and acted == 0 and name not in (None, "none"):
