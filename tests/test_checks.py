@@ -210,10 +210,11 @@ def test_a_growth_that_cannot_save_work_is_told():
     ]
 
 
-def test_a_window_schedule_is_told_to_save_nothing_on_a_cpu():
+def test_a_window_schedule_that_saves_nothing_is_told():
     recipe = recipe_of("lengths=window", "lengths.start=10")
-    assert "saves no time on a CPU" in check_horizon(recipe, GOOD)[0].message
-    assert not check_horizon(recipe, replace(GOOD, on_cpu=False))
+    found = check_horizon(recipe, replace(GOOD, window_saves=False))
+    assert "lengths=window saves no time in rows of 100 tokens here" in found[0].message
+    assert not check_horizon(recipe, GOOD)
 
 
 @pytest.mark.parametrize(("micro_rows", "is_told"), [(1, False), (5, False), (10, True)])

@@ -28,25 +28,24 @@ class Batch:
     num_targets: int
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on `device`; a copy to a GPU does not wait."""
+        """Return the batch on `device`; a copy to a GPU does not wait.
+
+        Document numbers stay where they are: the mask is worked out from them here, without waiting for a GPU.
+        """
         if torch.device(device).type == "cpu":
             return self
-        ids = self.document_ids_BT
-        return replace(
-            self,
-            tokens_BT=self.tokens_BT.to(device, non_blocking=True),
-            labels_BT=self.labels_BT.to(device, non_blocking=True),
-            document_ids_BT=None if ids is None else ids.to(device, non_blocking=True),
-        )
+        tokens_BT = self.tokens_BT.to(device, non_blocking=True)
+        return replace(self, tokens_BT=tokens_BT, labels_BT=self.labels_BT.to(device, non_blocking=True))
 
     @property
     def positions_BT(self) -> Tensor:
         """Each token's place in its document, int64: it begins again with every document and with every row."""
-        places_T = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device)
         ids = self.document_ids_BT
+        device = self.tokens_BT.device if ids is None else ids.device
+        places_T = torch.arange(self.tokens_BT.shape[1], device=device)
         if ids is None:
             return places_T.repeat(len(self.tokens_BT), 1)
-        begins_BT = torch.zeros_like(self.tokens_BT)
+        begins_BT = torch.zeros_like(self.tokens_BT, device=device)
         begins_BT[:, 1:] = torch.where(ids[:, 1:] != ids[:, :-1], places_T[1:], 0)
         return places_T - begins_BT.cummax(dim=1).values
 

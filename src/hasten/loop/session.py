@@ -155,7 +155,7 @@ def _facts(state: State, folder: RunFolder, planned_steps: int | None = None) ->
         width=state.config.width,
         micro_rows=state.batch_sizes.micro_rows,
         steps_per_epoch=state.steps_per_epoch,
-        on_cpu=state.device.type == "cpu",
+        window_saves=state.model.attention_choice(state.config.seq_len, windowed=True).backend != "dense",
     )
 
 
@@ -218,6 +218,15 @@ def _run(state: State, folder: RunFolder, record: Record, hooks: tuple[Hook, ...
     return finish(state, folder, tell)
 
 
+def _attention(state: State) -> dict[str, Any]:
+    """Return which back end attends at every row length, and why."""
+    windowed = state.recipe.lengths.name == "window"
+    if not windowed and not state.recipe.data.document_mask:
+        return {}
+    lengths = state.recipe.lengths.row_lengths
+    return {str(n): dataclasses.asdict(state.model.attention_choice(n, windowed=windowed)) for n in lengths}
+
+
 def _tell_start(state: State, tell: Teller, command: str | None) -> None:
     """Say what is about to run, and how good the untrained model is (once in a run)."""
     if state.step:
@@ -245,6 +254,7 @@ def _tell_start(state: State, tell: Teller, command: str | None) -> None:
                 },
             },
             micro_rows=state.batches.micro_rows,
+            attention=_attention(state),
             device=str(state.device),
         )
     if "untrained" not in state.notes:

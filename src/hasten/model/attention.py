@@ -307,7 +307,7 @@ def _blocks(
     is_plain = device.type != "cuda" or torch.compiler.is_compiling()
     make = _block_mask_function() if is_plain else _compiled_block_mask()
     num_rows = None if document_ids_BT is None else rows
-    return Blocks(make(_sees(document_ids_BT, window), num_rows, None, length, length, device=device.type))
+    return Blocks(make(_sees(document_ids_BT, window), num_rows, None, length, length, device=str(device)))
 
 
 def _bounds(document_ids_BT: Tensor, device: torch.device) -> Bounds:

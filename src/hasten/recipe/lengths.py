@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -102,7 +103,7 @@ class GrowingLengths(LengthChoices):
             raise ValueError(
                 f"lengths.sizes={list(sizes)} must be divisors of lengths.seq_len={self.seq_len} and end with it."
             )
-        if any(a >= b for a, b in zip(sizes, sizes[1:])):
+        if any(a >= b for a, b in pairwise(sizes)):
             raise ValueError(f"lengths.sizes={list(sizes)} must rise.")
         if self.over.unit == "share" and self.over.value > 1:
             raise ValueError(f"lengths.over={self.over} is longer than the run, so rows never have their full length.")
