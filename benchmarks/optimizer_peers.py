@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -66,7 +67,7 @@ LISTS = {
 
 
 class Weights:
-    """One candidate's own copy of a parameter list, with gradients that stay the same from step to step."""
+    """One candidate's own copy of a parameter list, with gradients that stay the same until others are asked for."""
 
     def __init__(self, shape: ListShape, device: str, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -75,12 +76,31 @@ class Weights:
         self.grads = [(torch.randn(size, generator=generator) * 0.01).to(device) for _, size in shapes]
         self.hidden = [p for p, (is_hidden, _) in zip(self.params, shapes) if is_hidden]
         self.rest = [p for p, (is_hidden, _) in zip(self.params, shapes) if not is_hidden]
+        self.turns = 0
         self.give_gradients()
 
     def give_gradients(self) -> None:
         """Point every parameter at its gradient again: some peers drop it in their step."""
         for parameter, grad in zip(self.params, self.grads):
             parameter.grad = grad
+
+    def give_other_gradients(self) -> None:
+        """Point every parameter at a gradient it has not had: somewhere in one pool of random numbers."""
+        sizes = [p.numel() for p in self.params]
+        pool = _pool(2 * max(sizes) + 1_000_003, self.params[0].device)
+        starts = torch.randint(
+            1_000_003 + max(sizes), (len(sizes),), generator=torch.Generator().manual_seed(self.turns)
+        )
+        self.turns += 1
+        self.grads = [
+            pool[start : start + size].view(p.shape) for p, size, start in zip(self.params, sizes, starts.tolist())
+        ]
+        self.give_gradients()
+
+
+@functools.lru_cache(1)
+def _pool(size: int, device: torch.device) -> torch.Tensor:
+    return (torch.randn(size, generator=torch.Generator().manual_seed(2)) * 0.01).to(device)
 
 
 def decayed(params: list[nn.Parameter], **extra: Any) -> list[dict[str, Any]]:

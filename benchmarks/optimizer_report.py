@@ -258,19 +258,20 @@ on tiny, 4 on small, 1 on gpt and for SOAP), the order flipping from round to ro
 turns, so that ours against a peer is paired by round too. A ratio is the median of the paired ratios of CPU-seconds of
 all threads (on CUDA: device time between two events), its interval a bootstrap of that median (no more than a hint
 where a slow family's rounds are few, see `pairs` in the figures); SOAP's are of sums over whole periods of ten steps.
-CPU ms is the mean of a step. Random weights and gradients, the same at every step; decay 0.1 on matrices, none on
-vectors. Muon and SOAP get the hidden matrices and fused AdamW the rest (peers: two optimizers stepped together; ours:
-one). First step: from building the optimizer to the end of its first step, wall time, whatever compiled caches there
-are. State: all tensors in the optimizer's state and groups, each storage once. Temporaries: the profiler's record of
-torch's CPU allocator during the second step (SOAP: over a period; of the first step, less the state, where that took
-over ten seconds), highest sum of allocations less releases; what C code takes from the system directly is not seen.
-pytorch_optimizer and schedulefree are measured in their default multi-tensor form and with `foreach=False`. The
-former's SignSGD has no Nesterov term, its SophiaH another estimate of curvature, made outside the step as ours is.
-"Patched" rows are no peers: they show what a package could do with one function replaced; nor are "short sides": the
-SOAP authors' code with `max_precond_dim` at the longest short side, one basis a matrix and two a square. After its last
-step every candidate's weights are checked: all finite, every tensor moved."""
+CPU ms is the mean of a step. Random weights and gradients, the same at every step (SOAP: others at every step, of the
+same kind, or its statistics would have the rank of one); decay 0.1 on matrices, none on vectors. Muon and SOAP get the
+hidden matrices and fused AdamW the rest (peers: two optimizers stepped together; ours: one). First step: from building
+the optimizer to the end of its first step, wall time, whatever compiled caches there are. State: all tensors in the
+optimizer's state and groups, each storage once. Temporaries: the profiler's record of torch's CPU allocator during the
+second step (SOAP: over a period; of the first step, less the state, where that took over ten seconds), highest sum of
+allocations less releases; what C code takes from the system directly is not seen. pytorch_optimizer and schedulefree
+are measured in their default multi-tensor form and with `foreach=False`. The former's SignSGD has no Nesterov term, its
+SophiaH another estimate of curvature, made outside the step as ours is. "Patched" rows are no peers: they show what a
+package could do with one function replaced; nor are "short sides": the SOAP authors' code with `max_precond_dim` at the
+longest short side, one basis a matrix and two a square. After its last step every candidate's weights are checked: all
+finite, every tensor moved."""
 
 NOT_CONTROLLED = """\
-Not controlled: other work on the machine, clock, cache and page state. Gradients do not change, so that branches that
-depend on data (Prodigy's growth, clipping in ADOPT and MARS) take one course only. heavyball's first steps compile for
-about a minute each, so it takes part only with `--heavyball`."""
+Not controlled: other work on the machine, clock, cache and page state. Gradients do not change, or are noise (SOAP), so
+that branches that depend on data (Prodigy's growth, clipping in ADOPT and MARS) take one course only. heavyball's first
+steps compile for about a minute each, so it takes part only with `--heavyball`."""
