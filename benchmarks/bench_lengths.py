@@ -19,10 +19,10 @@ import json
 import math
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from studies import Study
 
 ARMS: dict[str, list[str]] = {
     "fixed": [],
@@ -93,49 +93,16 @@ def run_one(arm: str, seed: int, steps: int, extra: list[str]) -> dict:
     }
 
 
-class Study:
-    """Runs that are done once, kept in a file, a few at a time in processes of their own."""
-
-    def __init__(self, folder: Path, workers: int, extra: list[str]) -> None:
-        self.file = folder / "runs.jsonl"
-        self.workers, self.extra = workers, extra
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        self.done = {self.key(run): run for run in map(json.loads, lines)}
-
-    @staticmethod
-    def key(run: dict) -> tuple:
-        return run["arm"], run["seed"], run["steps"]
-
-    def runs(self, wanted: list[tuple[str, int, int]]) -> list[dict]:
-        """Return every run in `wanted` (arm, seed, steps), after doing those that are missing."""
-        waiting, running = [run for run in dict.fromkeys(wanted) if run not in self.done], []
-        while waiting or running:
-            while waiting and len(running) < self.workers:
-                run = waiting.pop(0)
-                command = [sys.executable, __file__, "--one", json.dumps(run), *self.extra]
-                running.append((run, subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
-            for run, process in list(running):
-                if process.poll() is None:
-                    continue
-                running.remove((run, process))
-                if process.returncode:
-                    sys.exit(f"{run} failed")
-                result = json.loads(process.stdout.read().splitlines()[-1])
-                self.done[self.key(result)] = result
-                with self.file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(result) + "\n")
-                shown = {key: result[key] for key in ("arm", "seed", "steps", "loss", "cpu_seconds", "steps_by_length")}
-                print(json.dumps(shown), flush=True)
-            time.sleep(0.2)
-        return [self.done[run] for run in wanted]
+def wanted(arm: str, seed: int, steps: int) -> dict:
+    """Return a run to ask for."""
+    return {"arm": arm, "seed": seed, "steps": steps}
 
 
 def ratio_to(study: Study, arm: str, base: dict, seed: int, steps: int, first: float) -> float | None:
     """Return CPU-seconds of `arm` at the final loss of `base`, relative to the base's; None where it is not reached."""
 
     def run(place: int) -> dict:
-        return study.runs([(arm, seed, round(steps * LADDER[place]))])[0]
+        return study.results([wanted(arm, seed, round(steps * LADDER[place]))])[0]
 
     place = LADDER.index(first)
     while run(place)["loss"] > base["loss"]:
@@ -174,17 +141,24 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options, extra = parser.parse_known_args()
     if options.one:
-        print(json.dumps(run_one(*json.loads(options.one), extra)))
+        print(json.dumps(run_one(**json.loads(options.one), extra=extra)))
         return
     import torch
 
-    study = Study(options.out, options.workers, extra)
+    study = Study(
+        options.out,
+        __file__,
+        workers=options.workers,
+        extra=extra,
+        key=lambda run: (run["arm"], run["seed"], run["steps"]),
+        shown=("arm", "seed", "steps", "loss", "cpu_seconds", "steps_by_length"),
+    )
     arms, seeds, steps = options.arms.split(","), range(options.seeds), options.steps
-    bases = study.runs([("fixed", seed, steps) for seed in seeds])
-    study.runs([(arm, seed, steps) for arm in arms for seed in seeds])
+    bases = study.results([wanted("fixed", seed, steps) for seed in seeds])
+    study.results([wanted(arm, seed, steps) for arm in arms for seed in seeds])
     result: dict = {"settings": SETTINGS + extra, "steps": steps, "seeds": list(seeds), "arms": {}}
     for arm in arms:
-        whole = study.runs([(arm, seed, steps) for seed in seeds])
+        whole = study.results([wanted(arm, seed, steps) for seed in seeds])
         entry: dict = {
             "setting": ARMS[arm],
             "final_loss_minus_fixed": summary([run["loss"] - base["loss"] for run, base in zip(whole, bases)]),

@@ -20,10 +20,10 @@ import json
 import math
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from studies import Study
 
 ARMS = ("adamw", "ademamix", "muon", "soap")
 START = {"adamw": 5e-3, "ademamix": 5e-3, "muon": 1e-2, "soap": 5e-3}
@@ -71,50 +71,17 @@ def run_one(arm: str, lr: float, seed: int, steps: int, extra: list[str]) -> dic
     return {"arm": arm, "lr": lr, "seed": seed, "steps": steps, "loss": loss, **spent}
 
 
-class Study:
-    """Runs that are done once, kept in a file, a few at a time in processes of their own."""
-
-    def __init__(self, folder: Path, workers: int, extra: list[str]) -> None:
-        self.file = folder / "runs.jsonl"
-        self.workers, self.extra = workers, extra
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        self.done = {self.key(run): run for run in map(json.loads, lines)}
-
-    @staticmethod
-    def key(run: dict) -> tuple:
-        return run["arm"], f"{run['lr']:.6g}", run["seed"], run["steps"]
-
-    def losses(self, wanted: list[dict]) -> list[float]:
-        """Return the final loss of every run in `wanted`, after doing those that are missing."""
-        missing = [run for run in wanted if self.key(run) not in self.done]
-        waiting, running = list({self.key(run): run for run in missing}.values()), []
-        while waiting or running:
-            while waiting and len(running) < self.workers:
-                run = waiting.pop(0)
-                command = [sys.executable, __file__, "--one", json.dumps(run), *self.extra]
-                running.append((run, subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
-            for run, process in list(running):
-                if process.poll() is None:
-                    continue
-                running.remove((run, process))
-                if process.returncode:
-                    sys.exit(f"{run} failed")
-                result = json.loads(process.stdout.read().splitlines()[-1])
-                self.done[self.key(result)] = result
-                with self.file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(result) + "\n")
-                print(json.dumps(result), flush=True)
-            time.sleep(0.2)
-        return [self.done[self.key(run)]["loss"] for run in wanted]
+def losses(study: Study, wanted: list[dict]) -> list[float]:
+    """Return the final loss of every run in `wanted`, after doing those that are missing."""
+    return [run["loss"] for run in study.results(wanted)]
 
 
 def tuned_rate(study: Study, arm: str, steps: int) -> float:
     """Return the best learning rate, the grid extended while it lies at the edge."""
     rates = [START[arm] * factor for factor in GRID]
     while True:
-        losses = study.losses([{"arm": arm, "lr": lr, "seed": 0, "steps": steps} for lr in rates])
-        best = losses.index(min(losses))
+        found = losses(study, [{"arm": arm, "lr": lr, "seed": 0, "steps": steps} for lr in rates])
+        best = found.index(min(found))
         if 0 < best < len(rates) - 1:
             return rates[best]
         rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
@@ -124,7 +91,7 @@ def steps_to(study: Study, arm: str, lr: float, seed: int, steps: int, target: f
     """Return the share of `steps` at which finished runs reach `target`; None where the full horizon does not."""
 
     def loss(place: int) -> float:
-        return study.losses([{"arm": arm, "lr": lr, "seed": seed, "steps": round(steps * LADDER[place])}])[0]
+        return losses(study, [{"arm": arm, "lr": lr, "seed": seed, "steps": round(steps * LADDER[place])}])[0]
 
     place = LADDER.index(FIRST[arm])
     while loss(place) > target:
@@ -154,25 +121,31 @@ def main() -> None:
         run = json.loads(options.one)
         print(json.dumps(run_one(run["arm"], run["lr"], run["seed"], run["steps"], extra)))
         return
-    study = Study(options.out, options.workers, extra)
+    study = Study(
+        options.out,
+        __file__,
+        workers=options.workers,
+        extra=extra,
+        key=lambda run: (run["arm"], f"{run['lr']:.6g}", run["seed"], run["steps"]),
+    )
     if options.seed_0:
         wanted = [(arm, float(lr)) for arm, _, lr in (text.rpartition(":") for text in options.seed_0)]
-        study.losses([{"arm": arm, "lr": lr, "seed": 0, "steps": options.steps} for arm, lr in wanted])
+        losses(study, [{"arm": arm, "lr": lr, "seed": 0, "steps": options.steps} for arm, lr in wanted])
         return
     arms = options.arms.split(",")
     # All first tries at once, so that every worker has something to do.
     grid = [(arm, START[arm] * factor) for arm in arms for factor in GRID]
-    study.losses([{"arm": arm, "lr": lr, "seed": 0, "steps": options.steps} for arm, lr in grid])
+    losses(study, [{"arm": arm, "lr": lr, "seed": 0, "steps": options.steps} for arm, lr in grid])
     rates = {arm: tuned_rate(study, arm, options.steps) for arm in arms}
     print("tuned:", rates, flush=True)
     if options.tune_only:
         return
     result: dict = {"rates": rates, "steps": options.steps, "seeds": SEEDS, "arms": {}}
-    aim = study.losses([{"arm": "adamw", "lr": rates["adamw"], "seed": s, "steps": options.steps} for s in SEEDS])
+    aim = losses(study, [{"arm": "adamw", "lr": rates["adamw"], "seed": s, "steps": options.steps} for s in SEEDS])
     # All first guesses at once, so that every worker has something to do.
     others = [arm for arm in arms if arm != "adamw"]
     guess = {arm: round(options.steps * FIRST[arm]) for arm in others}
-    study.losses([{"arm": arm, "lr": rates[arm], "seed": s, "steps": guess[arm]} for arm in others for s in SEEDS])
+    losses(study, [{"arm": arm, "lr": rates[arm], "seed": s, "steps": guess[arm]} for arm in others for s in SEEDS])
     for arm in arms:
         entry: dict = {}
         if arm != "adamw":

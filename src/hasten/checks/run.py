@@ -172,8 +172,7 @@ def _steps(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]:
             f"budget={recipe.budget} gives only {total_steps} optimizer steps of {recipe.tokens_per_step} tokens, too "
             "few to learn from: give a larger budget, or a smaller batch_tokens."
         )
-    steps_per_epoch = _steps_per_epoch(recipe, facts)
-    epochs = total_steps / steps_per_epoch
+    epochs = total_steps / _steps_per_epoch(recipe, facts)
     for source, times in facts.source_epochs.items():
         if times > EPOCHS_WORTH_FRESH_DATA:
             yield warning(
@@ -190,12 +189,7 @@ def _steps(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]:
             "arXiv:2305.16264): give more text, or a smaller budget."
         )
     warmup = recipe.schedule.warmup
-    steps = total_steps * recipe.schedule.warmup_share(
-        total_steps=total_steps,
-        tokens_per_step=recipe.tokens_per_step,
-        steps_per_epoch=steps_per_epoch,
-        seconds=recipe.budget.value if recipe.budget.unit == "seconds" else None,
-    )
+    steps = total_steps * recipe.schedule.warmup_share(**_run(recipe, facts, total_steps))
     if warmup.value > 0 and steps < 1:
         yield warning(
             f"schedule.warmup={warmup} of {total_steps} steps is less than one step, so it does nothing: "
