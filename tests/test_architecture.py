@@ -26,8 +26,8 @@ LAYERS = (
     {"data", "model", "optim", "clip", "precision"},
     {"recipe"},
     {"checks", "evaluation", "generation", "exports", "checkpoint", "record", "guard", "pacing"},
-    {"loop"},
-    {"report", "planning"},
+    {"loop", "pool", "statistics"},
+    {"report", "planning", "comparison", "restarts"},
     {"cli"},
     {"__init__", "__main__"},
 )
@@ -46,6 +46,7 @@ PACKAGES = {
     "exports": {"safetensors", "torch"},
     "checkpoint": {"numpy", "torch"},
     "loop": {"numpy", "torch"},
+    "statistics": {"numpy", "scipy"},
     "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "tomli"},
     "cli": {"rich", "typer"},
 }
