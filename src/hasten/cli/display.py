@@ -131,6 +131,12 @@ class Display:
             Text(f"stopped by {result.reason}, saved in {printable(str(result.folder))}; the same command goes on.")
         )
 
+    def paused(self, result: Any) -> None:
+        """Say how good a paused run is and where it can go on."""
+        done = f"paused at step {result.values['steps']:,} of {result.values['total_steps']:,}"
+        bits = f"{result.values['val_bpb']:.4f} held-out bits per byte"
+        self._print(Text(f"{done}: {bits}; saved in {printable(str(result.folder))}; without --until it goes on."))
+
     def finished(self, result: Any, page: Path | None) -> None:
         """Print what the run reached, a sample, and where everything is."""
         values = result.values

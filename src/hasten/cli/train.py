@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +30,13 @@ def train(
     at: Annotated[
         int | None, typer.Option("--at", metavar="STEP", help="Which checkpoint to branch from.", show_default="newest")
     ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option("--until", metavar="STEP|SHARE", help="Pause there, evaluated and saved; e.g. 500 or 25%."),
+    ] = None,
+    attached: Annotated[
+        bool, typer.Option("--attached", hidden=True, help="Save and stop when standard input closes.")
+    ] = False,
     no_report: Annotated[bool, typer.Option("--no-report", help="Do not write report.html at the end.")] = False,
 ) -> int:
     """Train a model on text. The same command resumes a run that was stopped.
@@ -51,12 +60,17 @@ def train(
     if branch is None and at is not None:
         raise RecipeError(f"--at {at} says which checkpoint to branch from: give --branch RUN too.")
     command = shlex.join(["hasten", *sys.argv[1:]])
+    if attached:
+        _stop_when_left()
     with Display() as display:
         for note in resolved.notes:
             display.note(note)
-        result = run(resolved.recipe, hooks=[display], dry_run=dry_run, command=command)
+        result = run(resolved.recipe, hooks=[display], dry_run=dry_run, until=until, command=command)
     if result.status == "dry":
         display.dry(resolved.recipe)
+        return DONE
+    if result.status == "paused":
+        display.paused(result)
         return DONE
     if result.status == "stopped":
         display.stopped(result)
@@ -68,6 +82,20 @@ def train(
         page = write_report([result.folder])
     display.finished(result, page)
     return DIVERGED if result.status == "diverged" else DONE
+
+
+def _stop_when_left() -> None:
+    """Stop as on SIGTERM, everything saved, once whoever started this process is gone, however it ended.
+
+    Its end of our standard input closes with it, on every system and even after SIGKILL.
+    """
+
+    def wait() -> None:
+        while sys.stdin.buffer.read(4096):
+            pass
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _branched(run: Path, step: int | None, source: str | None, settings: list[str]) -> Any:

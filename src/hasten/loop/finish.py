@@ -11,6 +11,7 @@ from hasten.evaluation import baselines
 from hasten.exports import export
 from hasten.generation import generate
 from hasten.loop.between import save, validate
+from hasten.loop.memory import peak_bytes
 from hasten.loop.state import State, weights_to_evaluate
 from hasten.loop.steps import Teller
 from hasten.model import count_parameters
@@ -23,7 +24,8 @@ SAMPLE_TOKENS = 160
 class Result:
     """How a run ended.
 
-    `status` is ``finished``, ``diverged`` or ``stopped`` (`reason` then names the signal; the same command goes on).
+    `status` is ``finished``, ``diverged``, ``stopped`` (`reason` then names the signal; the same command goes on) or
+    ``paused`` (where ``until`` asked for it).
     `values` is what ``result.json`` holds. `already_finished`: this call found nothing left to do.
     """
 
@@ -39,14 +41,14 @@ def finish(state: State, folder: RunFolder, tell: Teller) -> Result:
 
     A diverged run is described, but neither saved nor exported: its last good checkpoint stays the newest.
     """
-    seconds = state.clock.seconds
+    seconds, memory = state.clock.seconds, peak_bytes(state.device)
     if state.status == "running":
         state.status = "finished"
     if state.status == "finished":
         save(state, folder, tell)
     if state.status == "diverged":
         tell("warning", message=f"The run diverged: {state.reason}.")
-        return _write(state, folder, tell, {}, seconds)
+        return _write(state, folder, tell, {}, seconds, memory)
 
     evaluation = validate(state, max_tokens=None)
     tell(
@@ -74,21 +76,46 @@ def finish(state: State, folder: RunFolder, tell: Teller) -> Result:
         "val_bytes": evaluation.bytes,
         **baselines(state.data.val, tokenizer),
     }
-    return _write(state, folder, tell, values, seconds)
+    return _write(state, folder, tell, values, seconds, memory)
 
 
 def stopped(state: State, folder: RunFolder, tell: Teller, signal_name: str) -> Result:
     """Save a run that a signal stopped, so that the same command goes on from here; return its result so far."""
-    seconds = state.clock.seconds
+    seconds, memory = state.clock.seconds, peak_bytes(state.device)
     save(state, folder, tell)
     if state.status == "diverged":
         return finish(state, folder, tell)
     tell("stop", reason=signal_name)
     state.status, state.reason = "stopped", signal_name
-    return _write(state, folder, tell, {}, seconds)
+    return _write(state, folder, tell, {}, seconds, memory)
 
 
-def _write(state: State, folder: RunFolder, tell: Teller, values: Mapping[str, Any], seconds: float) -> Result:
+def paused(state: State, folder: RunFolder, tell: Teller, reason: str) -> Result:
+    """Save and evaluate a run that was asked to go no further for now; return its result so far.
+
+    The evaluation is that of `evaluate.tokens`, so that pausing costs what an evaluation within the run costs.
+    """
+    seconds, memory = state.clock.seconds, peak_bytes(state.device)
+    save(state, folder, tell)
+    if state.status == "diverged":
+        return finish(state, folder, tell)
+    evaluation = validate(state, max_tokens=state.recipe.evaluate.tokens)
+    tell(
+        "evaluation",
+        val_loss=evaluation.loss,
+        val_bpb=evaluation.bits_per_byte,
+        tokens=evaluation.tokens,
+        whole=False,
+    )
+    tell("stop", reason=reason)
+    state.status, state.reason = "paused", reason
+    values = {"val_loss": evaluation.loss, "val_bpb": evaluation.bits_per_byte, "val_tokens": evaluation.tokens}
+    return _write(state, folder, tell, values, seconds, memory)
+
+
+def _write(
+    state: State, folder: RunFolder, tell: Teller, values: Mapping[str, Any], seconds: float, memory: int | None
+) -> Result:
     trained = state.phases.get("train", 0.0) + state.phases.get("data", 0.0)
     before = state.notes.get("branch", {}).get("run_tokens", 0)  # those of the run that this one branched from
     tell("phases", **state.phases)
@@ -108,6 +135,7 @@ def _write(state: State, folder: RunFolder, tell: Teller, values: Mapping[str, A
         "seconds": seconds,
         "phases": dict(state.phases),
         "tokens_per_second": (state.tokens - before) / trained if trained else None,
+        "memory_bytes": memory,
         "params": count_parameters(state.config),
         "seed": state.seed,
         "corpus": state.data.manifest["corpus"],

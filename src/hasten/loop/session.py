@@ -15,11 +15,13 @@ from hasten.checks import Facts, Finding, check, check_horizon, check_machine, f
 from hasten.data.preparation import prepare
 from hasten.data.reading import packing_reports
 from hasten.data.shards import PreparedData
+from hasten.duration import Duration
 from hasten.errors import RecipeError, printable
 from hasten.loop.between import between_steps, save, validate
 from hasten.loop.branching import branch_recipe, read_parent, take_over
-from hasten.loop.finish import Result, finish, stopped
+from hasten.loop.finish import Result, finish, paused, stopped
 from hasten.loop.interrupt import stop_on_signals
+from hasten.loop.pausing import pause_point, pause_step
 from hasten.loop.state import State, packing_settings, restore, start
 from hasten.loop.steps import Event, Hook, Teller, advance
 from hasten.loop.timetable import Timetable
@@ -33,6 +35,7 @@ def train(
     *,
     hooks: Iterable[Hook] = (),
     dry_run: bool = False,
+    until: str | int | None = None,
     command: str | None = None,
     **settings: Any,
 ) -> Result:
@@ -47,6 +50,8 @@ def train(
         source: a `Recipe`, the path of a TOML file, the name of a built-in recipe, or None for the defaults.
         hooks: callables that look at every `Event`; they may not change anything.
         dry_run: prepare the data and check the recipe against it, then stop before the first step.
+        until: optimizer steps, or a share such as ``25%``, after which the run is evaluated, saved and left as
+            ``paused``; no schedule notices, and the next call goes on bit for bit.
         command: the command line to write into the record.
         **settings: any recipe key; ``data="my.txt"``, ``budget="60s"``, ``optimizer={"lr": 1e-3}``.
 
@@ -57,6 +62,7 @@ def train(
         ``hasten.train(data="my.txt", model="nano", budget="60s").values["val_bpb"]``
     """
     recipe, notes = _resolved(source, settings)
+    pause = None if until is None else pause_point(until, recipe)
     hooks = tuple(hooks)
     tell = Teller(hooks)
     for note in notes:
@@ -68,7 +74,7 @@ def train(
         # A folder is made only after everything was checked, so a wrong setting leaves nothing behind.
         if folder.path.is_dir():
             held.enter_context(folder.lock())
-        loaded, done = _continue_from(recipe, folder, tell)
+        loaded, done = _continue_from(recipe, folder, pause, tell)
         if done is not None and not dry_run:
             return done
         parent = read_parent(recipe) if recipe.branch_from and loaded is None else None
@@ -83,7 +89,7 @@ def train(
         if loaded is not None:
             restore(state, loaded.tensors, loaded.state)
         with _open_record(state, folder) as record:
-            return _run(state, folder, record, hooks, command)
+            return _run(state, folder, record, hooks, command, pause)
 
 
 def _resolved(source: Recipe | str | Path | None, settings: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
@@ -99,7 +105,9 @@ def _resolved(source: Recipe | str | Path | None, settings: Mapping[str, Any]) -
     return resolved.recipe, resolved.notes
 
 
-def _continue_from(recipe: Recipe, folder: RunFolder, tell: Teller) -> tuple[checkpoint.Loaded | None, Result | None]:
+def _continue_from(
+    recipe: Recipe, folder: RunFolder, pause: Duration | None, tell: Teller
+) -> tuple[checkpoint.Loaded | None, Result | None]:
     """Return the checkpoint to go on from, if any, and the result if nothing is left to do."""
     _refuse_other_recipe(recipe, folder)
     loaded, notes = checkpoint.newest(folder.checkpoints)
@@ -111,6 +119,8 @@ def _continue_from(recipe: Recipe, folder: RunFolder, tell: Teller) -> tuple[che
     # A finished run whose checkpoints were cleaned away is finished all the same; one whose last checkpoint was
     # damaged goes on from the older one.
     is_done = result["status"] == "finished" and (loaded is None or loaded.state["status"] == "finished")
+    if result["status"] == "paused" and pause is not None and loaded is not None:
+        is_done = min(result["steps"], loaded.state["step"]) >= pause_step(pause, result["total_steps"])
     if is_done or result["status"] == "diverged":
         return loaded, Result(result["status"], result["reason"], folder.path, result, already_finished=True)
     return loaded, None
@@ -185,7 +195,14 @@ def _open_record(state: State, folder: RunFolder) -> Iterator[Record]:
         record.close()
 
 
-def _run(state: State, folder: RunFolder, record: Record, hooks: tuple[Hook, ...], command: str | None) -> Result:
+def _run(
+    state: State,
+    folder: RunFolder,
+    record: Record,
+    hooks: tuple[Hook, ...],
+    command: str | None,
+    pause: Duration | None,
+) -> Result:
     def write(event: Event) -> None:
         if event.kind == "step":
             record.metric(step=event.step, **event.values)
@@ -204,10 +221,14 @@ def _run(state: State, folder: RunFolder, record: Record, hooks: tuple[Hook, ...
             fitting = timetable.begin(state)
             if fitting is not None:
                 _report(check_horizon(state.recipe, _facts(state, folder, fitting)), tell)
-            while state.status == "running" and state.step < state.total_steps and not request.name:
+
+            def end() -> int:  # a wall-clock budget moves it
+                return state.total_steps if pause is None else pause_step(pause, state.total_steps)
+
+            while state.status == "running" and state.step < end() and not request.name:
                 advance(
                     state,
-                    state.total_steps,
+                    end(),
                     hooks=hooks,
                     pause=lambda state: bool(request.name) or timetable.is_due(state),
                 )
@@ -215,6 +236,8 @@ def _run(state: State, folder: RunFolder, record: Record, hooks: tuple[Hook, ...
                     between_steps(state, folder, timetable, tell)
             if request.name and state.status == "running" and state.step < state.total_steps:
                 return stopped(state, folder, tell, request.name)
+            if pause is not None and state.status == "running" and state.step < state.total_steps:
+                return paused(state, folder, tell, f"until={pause}")
     return finish(state, folder, tell)
 
 
