@@ -25,7 +25,7 @@ LAYERS = (
     {"cache", "duration", "schedules", "distributed"},
     {"data", "model", "optim", "clip", "precision"},
     {"recipe"},
-    {"checks", "evaluation", "generation", "exports", "checkpoint", "record", "guard", "pacing"},
+    {"checks", "evaluation", "generation", "exports", "checkpoint", "record", "guard", "pacing", "proof"},
     {"loop", "pool", "statistics"},
     {"report", "planning", "comparison", "restarts"},
     {"cli"},
@@ -48,6 +48,7 @@ PACKAGES = {
     "loop": {"numpy", "torch"},
     "statistics": {"numpy", "scipy"},
     "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "tomli"},
+    "comparison": {"tomli"},
     "cli": {"rich", "typer"},
 }
 DEPENDENCIES = {
@@ -59,6 +60,7 @@ DEPENDENCIES = {
     "safetensors",
     "scipy",
     "tokenizers",
+    "tomli_w",
     "torch",
     "typer",
 }

@@ -259,13 +259,13 @@ def command(arguments: list[str]) -> int:
     return ended.value.code
 
 
-def test_the_command_prints_what_is_known(capsys):
-    assert command(["plan", "budget=1000", "schedule=wsd", "schedule.warmup=0.05%"]) == 0
+def test_curves_alone_read_no_text(capsys, own_folder: Path):
+    assert command(["plan", "budget=1000", "schedule=wsd", "schedule.warmup=0.05%", "data=nowhere", "--curves"]) == 0
     said = capsys.readouterr().out
     assert "2,048,000" in said
     assert "hold() | sqrt(floor=0.01, share=0.2)" in said
     assert "less than one of 1000 steps" in said
-    assert "step\n" not in said, "curves only where they are asked for"
+    assert "1,000 step" in said
 
 
 def test_the_command_draws_several_recipes(own_folder, capsys):
@@ -294,7 +294,11 @@ def test_a_terminal_without_braille_gets_letters(monkeypatch):
         (["plan", "--with", "schedule=linar"], "schedule.name=linar"),
         (["plan", "--with", "schedule='linear"], "--with"),
         (["plan", "--with", "linear"], "key=value"),
-        (["plan", "schedule.warmup=100"], "no known share"),
+        (["plan", "schedule.warmup=100", "--curves"], "no known share"),
+        (["plan", "--curves", "--price", "2"], "--price has no effect beside --curves"),
+        (["plan", "--price", "cheap"], "no price of an hour"),
+        (["plan", "data=nothing.txt"], "nothing.txt"),
+        (["plan", "data=nothing.txt", "lr=fast"], "optimizer.lr"),
     ],
 )
 def test_wrong_input_is_one_sentence(arguments, says, capsys, own_folder: Path):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from hasten.report import write_report
 from hasten.report.charts import Chart, Curve, evaluations
 from hasten.report.curves import smooth, thin
 from hasten.report.figures import draw
+from hasten.report.overlays import comparison_charts, groups
 from hasten.report.runs import read_runs
 from hasten.report.tables import warnings
 
@@ -249,6 +251,32 @@ def test_several_runs_lie_over_each_other_with_their_differences(finished: Path,
     assert "optimizer.lr 0.003 0.001" in said
     assert "python-nano has the lowest held-out figure" in said
     assert "schedule.name" not in said[: said.index("Curves")]
+
+
+def seeded(folder: Path, seed: int, recipe: str = RECIPE, **settings: Any) -> Path:
+    return make_run(folder, seed=seed, recipe=recipe.replace("seed = 0", f"seed = {seed}"), steps=40, **settings)
+
+
+def test_runs_that_differ_only_in_the_seed_are_one_curve_with_a_band(tmp_path: Path) -> None:
+    folders = [seeded(tmp_path / f"muon-s{seed}-{seed}a", seed) for seed in range(3)]
+    other = seeded(tmp_path / "slow", 0, RECIPE.replace("0.003", "0.001"), lr=0.001)
+    runs = read_runs([folders[0], other, *folders[1:]])
+    assert [group.label for group in groups(runs)] == ["muon, 3 seeds", "slow"]
+    loss = next(chart for chart in comparison_charts(runs) if chart.name == "loss")
+    assert [(curve.label, curve.kind) for curve in loss.curves] == [
+        ("", "band"), ("muon, 3 seeds", "line"), ("slow", "line"),
+    ]  # fmt: skip
+    said = words(page_of(folders[0], other, *folders[1:], out=tmp_path))
+    assert "Bands reach from the lowest to the highest seed." in said
+    assert "muon, 3 seeds" in said
+
+
+def test_repeats_of_a_seed_and_runs_without_a_recipe_stay_apart(tmp_path: Path) -> None:
+    twice = [seeded(tmp_path / name, 1) for name in ("a", "b")]
+    bare = [seeded(tmp_path / name, seed) for seed, name in enumerate(("c", "d"))]
+    for folder in bare:
+        (folder / "recipe.toml").unlink()
+    assert [group.label for group in groups(read_runs([*twice, *bare]))] == ["a", "b", "c", "d"]
 
 
 def test_label_of_a_line_steps_aside_for_a_curve() -> None:

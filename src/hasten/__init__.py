@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hasten.comparison import compare
     from hasten.errors import CheckpointError, DataError, HastenError, RecipeError, RunError
     from hasten.evaluation import evaluate
     from hasten.exports import export
@@ -24,6 +25,7 @@ _HOMES = {
     "RecipeError": "hasten.errors",
     "RunError": "hasten.errors",
     "advance": "hasten.loop",
+    "compare": "hasten.comparison",
     "evaluate": "hasten.evaluation",
     "export": "hasten.exports",
     "generate": "hasten.generation",
@@ -40,6 +42,7 @@ __all__ = [
     "RecipeError",
     "RunError",
     "advance",
+    "compare",
     "evaluate",
     "export",
     "generate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError
+
+# What a norm may be above its limit by and still count as held: rounding, in whatever format the gradients are.
+SLACK = 1.001
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,15 @@ class Clip(Protocol):
 
     def __call__(self, parameters: Sequence[Tensor]) -> ClipReport: ...
 
+    @property
+    def limit(self) -> float:
+        """The largest global norm that is left as it is; infinite where the norm is not what counts."""
+        ...
+
+    def holds(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return whether the gradients are within what the clip allows, to a thousandth: 0-d, on their device."""
+        ...
+
 
 @dataclass(frozen=True)
 class NoClip:
@@ -43,6 +56,16 @@ class NoClip:
     def __call__(self, parameters: Sequence[Tensor]) -> ClipReport:
         norm = torch.nn.utils.get_total_norm(_gradients(parameters))
         return ClipReport(norm, torch.zeros((), dtype=torch.bool, device=norm.device))
+
+    @property
+    def limit(self) -> float:
+        """Infinite: nothing is too large."""
+        return math.inf
+
+    def holds(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return true: everything is allowed."""
+        gradients = _gradients(parameters)
+        return torch.ones((), dtype=torch.bool, device=gradients[0].device if gradients else None)
 
 
 @dataclass(frozen=True)
@@ -74,6 +97,15 @@ class ClipNorm:
     def __call__(self, parameters: Sequence[Tensor]) -> ClipReport:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         return ClipReport(norm, norm > self.max_norm)
+
+    @property
+    def limit(self) -> float:
+        """`max_norm`."""
+        return self.max_norm
+
+    def holds(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return whether the norm is at most `max_norm`, to a thousandth."""
+        return torch.nn.utils.get_total_norm(_gradients(parameters)) <= self.max_norm * SLACK
 
 
 @dataclass(frozen=True)
@@ -108,6 +140,16 @@ class ClipValue:
             torch.nn.utils.clip_grad_value_(parameters, self.max_value)
         return ClipReport(norm, largest > self.max_value)
 
+    @property
+    def limit(self) -> float:
+        """Infinite: elements count, and not the norm."""
+        return math.inf
+
+    def holds(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return whether every element is at most `max_value`, to a thousandth."""
+        largest = torch.nn.utils.get_total_norm(_gradients(parameters), norm_type=float("inf"))
+        return largest <= self.max_value * SLACK
+
 
 @dataclass(frozen=True)
 class ClipBoth:
@@ -139,6 +181,15 @@ class ClipBoth:
         by_value = ClipValue(self.max_value)(parameters)
         by_norm = ClipNorm(self.max_norm)(parameters)
         return ClipReport(by_value.norm, by_value.clipped | by_norm.clipped)
+
+    @property
+    def limit(self) -> float:
+        """`max_norm`; a norm above it is clipped, by value if not by norm."""
+        return self.max_norm
+
+    def holds(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return whether norm and elements are within both limits, to a thousandth."""
+        return ClipValue(self.max_value).holds(parameters) & ClipNorm(self.max_norm).holds(parameters)
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 from hasten.checks.findings import Finding, error, warning, worst_first
 from hasten.errors import RecipeError
 from hasten.recipe import Recipe
-from hasten.schedules import findings
+from hasten.schedules import Schedule, findings
 
 # Up to here repeated data is worth nearly as much as fresh data: Muennighoff et al. 2023, arXiv:2305.16264.
 EPOCHS_WORTH_FRESH_DATA = 4
@@ -26,6 +26,10 @@ WORTH_TELLING = 0.02
 # Below this share of a step's work, attention over the row is too little for shorter rows to save anything that can be
 # measured; below this share of full-length steps at the end, a model hardly learns to use its full length.
 ATTENTION_SHARE, FULL_LENGTH_SHARE = 0.06, 0.1
+# Share of the memory that a run may take without a word.
+MEMORY_SHARE = 0.9
+# Below this share of its peak a learning rate teaches next to nothing; from half-time on for as long is told.
+TEACHING_SHARE, HALF_TIME = 0.01, (0.5, 0.6)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Facts:
         targets: those of them that carry loss.
         lost_tokens: training tokens in no row, or without one to predict.
         source_epochs: how often the run reads each source of a mixture, by its name.
+        needed_bytes: memory that training takes; 0 where it is not known.
+        memory_bytes: memory that there is; 0 where it is not known.
     """
 
     vocab_size: int
@@ -66,6 +72,8 @@ class Facts:
     targets: int = 0
     lost_tokens: int = 0
     source_epochs: Mapping[str, float] = field(default_factory=dict)
+    needed_bytes: int = 0
+    memory_bytes: int = 0
 
 
 def check(recipe: Recipe, facts: Facts) -> list[Finding]:
@@ -73,7 +81,7 @@ def check(recipe: Recipe, facts: Facts) -> list[Finding]:
 
     What needs `facts.total_steps` is left out while that is None; ask `check_horizon` once it is planned.
     """
-    about = (_rows, _packing, _vocabulary, _schedule, _disk)
+    about = (_rows, _packing, _vocabulary, _schedule, _disk, _memory)
     findings = [finding for ask in about for finding in ask(recipe, facts)]
     findings += [warning(f"{text[0].upper()}{text[1:]}") for text in facts.optimizer_warnings]
     return worst_first([*findings, *check_horizon(recipe, facts)])
@@ -166,6 +174,20 @@ def _disk(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _memory(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
+    needed, there = facts.needed_bytes, facts.memory_bytes
+    if not there or needed <= MEMORY_SHARE * there:
+        return
+    advice = "give a smaller batch.micro_rows, shorter rows or a smaller model, or optimizer.state_format=8bit"
+    if needed > there:
+        yield error(f"Training takes about {_size(needed)} of memory, and there are {_size(there)}: {advice}.")
+    else:
+        yield warning(
+            f"Training takes about {_size(needed)} of the {_size(there)} of memory, which leaves little for anything "
+            f"else: {advice}."
+        )
+
+
 def _steps(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]:
     if total_steps < FEWEST_STEPS:
         yield warning(
@@ -217,10 +239,23 @@ def _curves(recipe: Recipe, facts: Facts, total_steps: int) -> Iterator[Finding]
     if getattr(recipe.schedule, "floor", 0.0) == 1:
         told = (*told, f"{recipe.schedule.name}(")
     yield from (warning(said) for said in findings(rate, total_steps) if not said.startswith(told))
+    yield from _half_time(rate)
     for name, curve in curves.items():
         if len({curve(point / 100) for point in range(101)}) == 1:
             yield warning(f"schedule.{name}={curve!r} never changes {name}, so it does nothing: leave it out.")
         yield from map(warning, findings(curve, total_steps, what=name))
+
+
+def _half_time(rate: Schedule) -> Iterator[Finding]:
+    """A rate that is exactly zero is found by `hasten.schedules.findings`."""
+    first, last = HALF_TIME
+    peak = max(rate(point / 1000) for point in range(1001))
+    largest = max(rate(first + (last - first) * point / 100) for point in range(101))
+    if 0 < largest < TEACHING_SHARE * peak:
+        yield warning(
+            f"At half-time the rate is down to {largest / peak:.2g} of its peak and stays there, so the "
+            "second half of the run teaches next to nothing: let the decay last to the end, or give a smaller budget."
+        )
 
 
 def _run(recipe: Recipe, facts: Facts, total_steps: int) -> dict[str, Any]:

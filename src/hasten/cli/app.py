@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hasten.cli import evaluate, export, generate, plan, prepare, report, runs, train
+from hasten.cli import compare, evaluate, export, generate, plan, prepare, report, restart, runs, train
 
 EPILOG = "Exit codes: 0 done, 2 wrong input, 3 diverged, 130/143 stopped by a signal with everything saved."
 
@@ -25,6 +25,8 @@ app = typer.Typer(
 VERBS = {
     "train": train.train,
     "plan": plan.plan,
+    "compare": compare.compare,
+    "restart": restart.restart,
     "evaluate": evaluate.evaluate,
     "generate": generate.generate,
     "export": export.export,

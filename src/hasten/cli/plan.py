@@ -17,46 +17,143 @@ def plan(
             help="A recipe (a TOML file, a run folder or the name of a built-in one) and settings that override it.",
         ),
     ] = None,
-    curves: Annotated[bool, typer.Option("--curves", help="Draw the schedules over the run.")] = False,
+    no_measure: Annotated[
+        bool,
+        typer.Option("--no-measure", "--quick", help="Time no steps: no speed, no time, memory as a lower bound."),
+    ] = False,
+    price: Annotated[
+        str | None, typer.Option("--price", help="Of an hour of this machine: 2.5 or '2.50 EUR'.", show_default=False)
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Write the plan as an HTML page too.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
+    curves: Annotated[
+        bool, typer.Option("--curves", help="Only draw the schedules over the run; no text is read.")
+    ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Write the curves to this picture as well (.png or .svg).", show_default=False),
+        typer.Option("--out", help="Only draw, and into this picture as well (.png or .svg).", show_default=False),
     ] = None,
     others: Annotated[
         list[str] | None,
-        typer.Option("--with", metavar="'KEY=VALUE ...'", help="Draw the recipe with these settings too; repeatable."),
+        typer.Option("--with", metavar="'KEY=VALUE ...'", help="Only draw, with these settings too; repeatable."),
     ] = None,
 ) -> int:
-    """Show the steps, the rates and the lengths of a run without training, and draw its schedules.
+    """Say what a run will take before it is paid for: steps, time, memory, cost, and the mistakes in it.
+
+    The text is prepared (and kept for the run) and ten real steps are timed, about 20 seconds.
 
     \b
-    hasten plan budget=20Mtok
-    hasten plan schedule=wsd --curves
-    hasten plan budget=1000 --curves --with schedule=linear --with schedule=sqrt --out curves.png
+    hasten plan data=my.txt budget=15min               everything, with real steps timed
+    hasten plan recipe.toml --price "2.50 EUR" --page plan.html
+    hasten plan budget=20Mtok --no-measure             without timing anything
+    hasten plan schedule=wsd --curves                  the schedules alone, at once
+    hasten plan budget=1000 --with schedule=linear --with schedule=sqrt --out curves.png
     """
-    from rich.console import Console
-
-    from hasten.cli import DONE
     from hasten.cli.train import split_arguments
-    from hasten.errors import printable
-    from hasten.planning import curves as curves_of
-    from hasten.planning import draw
     from hasten.recipe import resolve
 
     source, settings = split_arguments(arguments or [])
-    resolved = resolve(source, settings)
-    recipes = [(resolved.recipe.schedule.name, resolved.recipe)]
-    recipes += [_changed(resolved.recipe, text) for text in others or []]
     is_drawn = curves or out is not None or bool(others)
-    found = [curve for label, recipe in recipes for curve in curves_of(recipe, label=label)] if is_drawn else []
-    picture = None if out is None else draw(found, out)
+    if is_drawn:
+        _refuse_beside_curves({"--page": page, "--price": price, "--json": as_json, "--no-measure": no_measure})
+        return _draw(resolve(source, settings), out, others or [])
+    return _plan(resolve(source, settings), no_measure, price, page, as_json)
 
+
+def _refuse_beside_curves(given: dict[str, Any]) -> None:
+    from hasten.errors import RecipeError
+
+    for name, value in given.items():
+        if value:
+            raise RecipeError(f"{name} has no effect beside --curves, --out and --with, which only draw: leave it out.")
+
+
+def _plan(resolved: Any, no_measure: bool, price: str | None, page: Path | None, as_json: bool) -> int:
+    import json
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from hasten.cli import DONE, WRONG_INPUT
+    from hasten.cli.display import describe_preparation
+    from hasten.errors import printable
+    from hasten.planning.page import write_page
+    from hasten.planning.plans import plan_of
+
+    console = Console(highlight=False, soft_wrap=True)
+    aside = Console(stderr=True, highlight=False)
+    with aside.status("preparing") as status:
+
+        def tell(progress: Any) -> None:
+            status.update(f"preparing: {describe_preparation(progress)}")
+
+        def begin() -> None:
+            status.update("timing real steps, about 20 s")
+
+        found = plan_of(
+            resolved.recipe, resolved.notes, timed=not no_measure, price=price, on_progress=tell, on_trial=begin
+        )
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+    else:
+        _print_plan(console, found)
+    if page is not None:
+        path = write_page(found, page)
+        (aside if as_json else console).print(Text(printable(str(path))))
+    return WRONG_INPUT if found.has_errors else DONE
+
+
+def _print_plan(console: Any, found: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from hasten.errors import printable
+    from hasten.planning.wording import headline, sections
+
+    for note in found.notes:
+        console.print(Text(f"  {printable(note)}", style="dim"))
+    console.print(Text(headline(found), style="bold"))
+    for title, lines in sections(found):
+        if not lines:
+            continue
+        console.print(Text(f"\n{title}", style="bold"))
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in lines:
+            table.add_row(Text(f"  {printable(name)}"), Text(printable(value)))
+        console.print(table)
+    if found.answers:
+        console.print(Text("\nworth it here?", style="bold"))
+    for answer in found.answers:
+        console.print(Text(f"  {printable(answer)}"))
+    if found.findings:
+        console.print()
+    for finding in found.findings:
+        style = "bold red" if finding.level == "error" else "yellow"
+        mark = "x" if finding.level == "error" else "!"
+        console.print(Text(f"{mark} {printable(finding.message)}", style=style))
+
+
+def _draw(resolved: Any, out: Path | None, others: list[str]) -> int:
+    from rich.console import Console
+
+    from hasten.cli import DONE
+    from hasten.errors import printable
+    from hasten.planning import curves as curves_of
+    from hasten.planning import draw
+
+    recipes = [(resolved.recipe.schedule.name, resolved.recipe)]
+    recipes += [_changed(resolved.recipe, text) for text in others]
+    found = [curve for label, recipe in recipes for curve in curves_of(recipe, label=label)]
+    picture = None if out is None else draw(found, out)
     console = Console(highlight=False, soft_wrap=True)
     for note in resolved.notes:
         console.print(f"  {printable(note)}", style="dim", markup=False)
     _print_facts(console, resolved.recipe)
-    if is_drawn:
-        _print_curves(console, found)
+    _print_curves(console, found)
     if picture is not None:
         console.print(printable(str(picture)), markup=False)
     return DONE

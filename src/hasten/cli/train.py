@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -91,7 +92,7 @@ def _stop_when_left() -> None:
     """
 
     def wait() -> None:
-        while sys.stdin.buffer.read(4096):
+        while os.read(0, 4096):  # not sys.stdin, whose lock a thread may not hold when Python ends
             pass
         signal.raise_signal(signal.SIGTERM)
 

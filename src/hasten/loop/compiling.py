@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from hasten.checks import compiler_found
+from hasten.loop.proving import note_graphs
 from hasten.loop.state import State
 from hasten.loop.steps import Teller
 
@@ -46,9 +47,11 @@ def choose_compile(
         # One graph for each row length; PyTorch gives up after 8 without being told.
         lengths = len(state.recipe.lengths.row_lengths)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * lengths)
+        note_graphs(state, "before")
         state.forward = torch.compile(state.model, dynamic=False)
         before = state.phases.get("probe", 0.0)
         seconds_per_step = probe(state)
+        note_graphs(state, "warm")
         state.spend("compile", state.phases["probe"] - before)
         state.phases["probe"] = before
     tell("compile", on=is_on, reason=reason)

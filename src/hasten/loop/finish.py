@@ -12,6 +12,7 @@ from hasten.exports import export
 from hasten.generation import generate
 from hasten.loop.between import save, validate
 from hasten.loop.memory import peak_bytes
+from hasten.loop.proving import prove, watched_evaluation
 from hasten.loop.state import State, weights_to_evaluate
 from hasten.loop.steps import Teller
 from hasten.model import count_parameters
@@ -50,7 +51,8 @@ def finish(state: State, folder: RunFolder, tell: Teller) -> Result:
         tell("warning", message=f"The run diverged: {state.reason}.")
         return _write(state, folder, tell, {}, seconds, memory)
 
-    evaluation = validate(state, max_tokens=None)
+    with watched_evaluation(state):
+        evaluation = validate(state, max_tokens=None)
     tell(
         "evaluation",
         val_loss=evaluation.loss,
@@ -99,7 +101,8 @@ def paused(state: State, folder: RunFolder, tell: Teller, reason: str) -> Result
     save(state, folder, tell)
     if state.status == "diverged":
         return finish(state, folder, tell)
-    evaluation = validate(state, max_tokens=state.recipe.evaluate.tokens)
+    with watched_evaluation(state):
+        evaluation = validate(state, max_tokens=state.recipe.evaluate.tokens)
     tell(
         "evaluation",
         val_loss=evaluation.loss,
@@ -119,6 +122,10 @@ def _write(
     trained = state.phases.get("train", 0.0) + state.phases.get("data", 0.0)
     before = state.notes.get("branch", {}).get("run_tokens", 0)  # those of the run that this one branched from
     tell("phases", **state.phases)
+    proof = prove(state)
+    tell("proof", facts=proof.facts, warnings=proof.warnings, data=proof.data)
+    for message in proof.warnings:
+        tell("warning", message=message)
     untrained = state.notes.get("untrained", {})
     result = {
         "status": state.status,
@@ -142,6 +149,6 @@ def _write(
         "corpus_sha256": state.data.corpus_sha256,
         "tokenizer_sha256": state.data.tokenizer_sha256,
     }
-    write_result(folder, result)
+    write_result(folder, {**result, "proof": proof.data})
     tell("finish", **result)
-    return Result(state.status, state.reason, folder.path, result)
+    return Result(state.status, state.reason, folder.path, {**result, "proof": proof.data})

@@ -22,6 +22,7 @@ from hasten.loop.branching import branch_recipe, read_parent, take_over
 from hasten.loop.finish import Result, finish, paused, stopped
 from hasten.loop.interrupt import stop_on_signals
 from hasten.loop.pausing import pause_point, pause_step
+from hasten.loop.proving import note_first_weights
 from hasten.loop.state import State, packing_settings, restore, start
 from hasten.loop.steps import Event, Hook, Teller, advance
 from hasten.loop.timetable import Timetable
@@ -211,6 +212,7 @@ def _run(
 
     hooks = (write, *hooks)
     tell = Teller(hooks, state)
+    note_first_weights(state)
     _tell_start(state, tell, command)
     if state.step == 0 and "branch" in state.notes:
         tell("branch", **state.notes["branch"])

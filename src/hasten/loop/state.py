@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
@@ -349,7 +350,7 @@ def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
         "precision": state.precision.state_dict(),
         "guard": state.guard.state_dict(),
         "optimizer": optimizer_layout,
-        "notes": state.notes,
+        "notes": copy.deepcopy(state.notes),
         "model": dataclasses.asdict(state.config),
         "corpus_sha256": state.data.corpus_sha256,
         "tokenizer_sha256": state.data.tokenizer_sha256,
@@ -380,7 +381,7 @@ def restore(state: State, tensors: Mapping[str, Mapping[str, Tensor]], plain: Ma
     state.position = tuple(plain["position"])
     state.clock = Clock(before=plain["seconds"])
     state.phases = dict(plain["phases"])
-    state.notes = dict(plain["notes"])
+    state.notes = copy.deepcopy(plain["notes"])
     if plain["progress"] is not None:
         state.progress = Progress.from_json(plain["progress"])
         build_schedule(state, plain["schedule_steps"])

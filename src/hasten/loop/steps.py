@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from hasten.data.batches import Batch
+from hasten.loop.proving import Told, count_step, settings_now
 from hasten.loop.state import Shape, State
+from hasten.loop.watching import watched
 from hasten.model import loss_sum
 from hasten.model.loss import NO_TARGET
 from hasten.schedules import apply
@@ -60,6 +62,7 @@ class StepReport:
     tokens: int
     seconds: float
     step_seconds: float
+    told: Told
 
 
 def advance(
@@ -106,17 +109,20 @@ def train_step(state: State) -> StepReport:
     apply(state.optimizer, state.schedules, shape.progress)
     for group in state.optimizer.param_groups:
         group["lr"] *= shape.lr_factor
+    settings = settings_now(state, shape)
     loss = 0.0
-    for batch in batches:
-        share = batch_loss(state, batch, shape) / num_targets
-        state.precision.backward(share)
-        loss = loss + share.detach()
-    update = state.precision.step(state.optimizer, state.clip)
+    with watched(state, batches, shape) as watch:
+        for batch in batches:
+            share = batch_loss(state, batch, shape) / num_targets
+            state.precision.backward(share)
+            loss = loss + share.detach()
+        update = state.precision.step(state.optimizer, watch.clip)
 
     state.work += state.work_at(shape.progress, state.step)
     state.step += 1
     if _estimate_is_due(state):
         _estimate(state, batches, shape, num_targets)
+        watch.looks["estimates"] = {"done": 1}
     state.position = position
     state.tokens += num_targets
     done = time.perf_counter()
@@ -135,6 +141,15 @@ def train_step(state: State) -> StepReport:
         tokens=state.tokens,
         seconds=state.clock.seconds,
         step_seconds=done - began,
+        told=Told(
+            targets=num_targets,
+            positions=sum(batch.tokens_BT.numel() for batch in batches),
+            seq_len=batches[0].tokens_BT.shape[1],
+            micro_batches=len(batches),
+            window=shape.window,
+            groups=settings,
+            looks=watch.looks,
+        ),
     )
 
 
@@ -167,6 +182,8 @@ def _estimate(state: State, batches: list[Batch], shape: Shape, num_targets: int
 
 def _tell(state: State, step: int, report: StepReport, hooks: tuple[Hook, ...]) -> None:
     loss, norm = float(report.loss), float(report.norm)
+    clipped = bool(report.clipped)
+    count_step(state, report.told, norm=norm, clipped=clipped, skipped=report.skipped, loss_scale=report.loss_scale)
     verdict = state.guard.judge(loss, norm, skipped=report.skipped)
     if verdict.diverged:
         state.status, state.reason = "diverged", verdict.reason
@@ -174,7 +191,7 @@ def _tell(state: State, step: int, report: StepReport, hooks: tuple[Hook, ...]) 
         "loss": loss,
         "lr": report.lr,
         "grad_norm": norm,
-        "clipped": bool(report.clipped),
+        "clipped": clipped,
         "skipped": report.skipped,
         "loss_scale": report.loss_scale,
         "seq_len": report.seq_len,

@@ -64,7 +64,7 @@ def preset(name: str, *, vocab_size: int, seq_len: int, **overrides: Any) -> Mod
     return ModelConfig(**{**SIZES[name], "vocab_size": vocab_size, "seq_len": seq_len, **overrides})
 
 
-def flops_per_token(config: ModelConfig, length: int) -> float:
+def flops_per_token(config: ModelConfig, length: float) -> float:
     """Return the floating-point operations that training spends on one token of a row of `length`.
 
     `6 * matrix weights (head included, embedding look-up not) + 6 * layers * heads * head_dim * (length + 1)`: forward
@@ -73,7 +73,12 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     """
     attention = 2 * config.width * config.head_dim * (config.num_heads + config.num_kv_heads)
     matrices = config.num_layers * (attention + 3 * config.width * config.mlp_width) + config.width * config.vocab_size
-    return 6.0 * matrices + 6.0 * config.num_layers * config.num_heads * config.head_dim * (length + 1)
+    return 6.0 * matrices + attention_flops_per_token(config, (length + 1) / 2)
+
+
+def attention_flops_per_token(config: ModelConfig, seen: float) -> float:
+    """Return the part of `flops_per_token` that attention's scores and sums take, for a token that sees `seen`."""
+    return 12.0 * config.num_layers * config.num_heads * config.head_dim * seen
 
 
 # Shapes by name; the vocabulary and the row length come from the recipe. Parameters with the vocabulary in brackets.

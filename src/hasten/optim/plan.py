@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from torch import Tensor
@@ -51,10 +51,12 @@ class Plan:
     Args:
         rows: a row for each parameter, in the order of the groups.
         warnings: what makes a training step needlessly slow.
+        operations: floating-point operations that each matrix rule (Muon, SOAP) computes in a step, by its name.
     """
 
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
+    operations: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def state_bytes(self) -> int:
@@ -120,7 +122,8 @@ def plan(
                     state_bytes=state_bytes(parameter, group),
                 )
             )
-    return Plan(tuple(rows), _warnings(groups, tokens_per_step) if tokens_per_step else ())
+    operations = _rule_operations(groups)
+    return Plan(tuple(rows), _warnings(groups, operations, tokens_per_step) if tokens_per_step else (), operations)
 
 
 # --- cost -----------------------------------------------------------------------------------------------------------
@@ -180,14 +183,10 @@ ADVICE = {
 }
 
 
-def _warnings(groups: Sequence[Group], tokens_per_step: int) -> tuple[str, ...]:
-    has_head = any(group.get("kind") == "head" for group in groups)
-    used = [group for group in groups if not (has_head and group.get("kind") == "embeddings")]
-    weights = sum(parameter.numel() for group in used for parameter in group["params"] if parameter.ndim > 1)
-    training = 6.0 * weights * tokens_per_step
-    warnings = []
-    for rule, costs in OPERATIONS.items():
-        operations = sum(
+def _rule_operations(groups: Sequence[Group]) -> dict[str, float]:
+    used = {str(group.get("rule", "")) for group in groups}
+    return {
+        rule: sum(
             count * cost(rows, columns, group)
             for group in groups
             if group.get("rule") == rule
@@ -195,6 +194,18 @@ def _warnings(groups: Sequence[Group], tokens_per_step: int) -> tuple[str, ...]:
             for count, rows, columns in matrices_of(parameter, group)
             for cost in costs
         )
+        for rule, costs in OPERATIONS.items()
+        if rule in used
+    }
+
+
+def _warnings(groups: Sequence[Group], operations_of: Mapping[str, float], tokens_per_step: int) -> tuple[str, ...]:
+    has_head = any(group.get("kind") == "head" for group in groups)
+    used = [group for group in groups if not (has_head and group.get("kind") == "embeddings")]
+    weights = sum(parameter.numel() for group in used for parameter in group["params"] if parameter.ndim > 1)
+    training = 6.0 * weights * tokens_per_step
+    warnings = []
+    for rule, operations in operations_of.items():
         if training and operations > WARNED_SHARE * training:
             advice = ADVICE.get(rule, "a larger batch makes it cheaper")
             warnings.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -65,7 +65,8 @@ def run_charts(run: Run) -> list[Chart]:
     return [chart for chart in (make(run) for make in makers) if chart is not None]
 
 
-def _has(run: Run, name: str) -> bool:
+def has_series(run: Run, name: str) -> bool:
+    """Say whether a run recorded any value of a series."""
     return bool(np.isfinite(run.series[name]).any())
 
 
@@ -106,7 +107,7 @@ def _loss(run: Run) -> Chart | None:
     return Chart(
         "loss",
         "Training loss",
-        "nats per token" + (", log scale" if _spans(finite, 2.0) else ""),
+        "nats per token" + (", log scale" if spans(finite, 2.0) else ""),
         _sentences(
             f"From {fixed(float(finite[0]), 2)} to {fixed(end)}"
             + (f" (mean of the last {last:,} steps)." if last > 1 else ".")
@@ -119,11 +120,12 @@ def _loss(run: Run) -> Chart | None:
         ),
         curves,
         marks=tuple(breaks[:12]),
-        log=_spans(finite, 2.0),
+        log=spans(finite, 2.0),
     )
 
 
-def _spans(values: np.ndarray, ratio: float) -> bool:
+def spans(values: np.ndarray, ratio: float) -> bool:
+    """Say whether positive values lie so far apart that a logarithmic axis shows them better."""
     values = values[np.isfinite(values)]
     return len(values) > 0 and values.min() > 0 and values.max() / values.min() > ratio
 
@@ -186,7 +188,7 @@ def _replans(run: Run) -> list[float]:
 
 
 def _learning_rate(run: Run) -> Chart | None:
-    if not _has(run, "lr"):
+    if not has_series(run, "lr"):
         return None
     thinned = thin(run.series["step"], run.series["lr"])
     lr = run.series["lr"][np.isfinite(run.series["lr"])]
@@ -213,7 +215,7 @@ def _learning_rate(run: Run) -> Chart | None:
 
 
 def _row_length(run: Run) -> Chart | None:
-    if not _has(run, "seq_len"):
+    if not has_series(run, "seq_len"):
         return None
     lengths = run.series["seq_len"][np.isfinite(run.series["seq_len"])]
     if lengths.min() == lengths.max():
@@ -240,7 +242,7 @@ def clip_limits(run: Run) -> list[tuple[str, float]]:
 
 
 def _gradient_norm(run: Run) -> Chart | None:
-    if not _has(run, "grad_norm"):
+    if not has_series(run, "grad_norm"):
         return None
     norm = run.series["grad_norm"]
     finite = norm[np.isfinite(norm)]
@@ -248,7 +250,7 @@ def _gradient_norm(run: Run) -> Chart | None:
     acted, of = clipped_steps(run)
     name = run.setting("clip.name")
     broken = len(norm) - len(finite)
-    log = _spans(finite, 4.0)
+    log = spans(finite, 4.0)
     return Chart(
         "gradient_norm",
         "Gradient norm",
@@ -268,7 +270,7 @@ def _gradient_norm(run: Run) -> Chart | None:
 
 
 def _speed(run: Run) -> Chart | None:
-    if not _has(run, "tokens_per_second"):
+    if not has_series(run, "tokens_per_second"):
         return None
     speed = run.series["tokens_per_second"]
     curves, _ = noisy_curves(run.series["step"], speed)
@@ -285,59 +287,12 @@ def _speed(run: Run) -> Chart | None:
 
 def _loss_scale(run: Run) -> Chart | None:
     scale = run.series["loss_scale"]
-    if run.setting("precision.name") != "fp16" or not _has(run, "loss_scale"):
+    if run.setting("precision.name") != "fp16" or not has_series(run, "loss_scale"):
         return None
     skipped = int(np.nansum(run.series["skipped"]))
     thinned = thin(run.series["step"], scale)
     said = f"{skipped:,} of {len(scale):,} steps overflowed and were skipped, each halving the scale."
-    log = _spans(scale, 2.0)
+    log = spans(scale, 2.0)
     curves = [Curve("", thinned.x, thinned.mean, "steps" if len(scale) > 1 else "points")]
     unit = "for fp16" + (", log scale" if log else "")
     return Chart("loss_scale", "Loss scale", unit, said, curves, log=log, from_zero=not log)
-
-
-def comparison_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Return the charts that lay several runs over each other, against what they cost: tokens and time."""
-    loss, norm, by_tokens, by_seconds, rates, speeds = [], [], [], [], [], []
-    for index, run in enumerate(runs):
-        look = {"colour": index % NUM_COLOURS, "dashed": (index // NUM_COLOURS) % 2 == 1}
-        steps, values = evaluations(run)
-        # What the untrained model scores would press the differences flat; the bars above the charts show it.
-        steps, values = steps[steps > 0], values[steps > 0]
-        if np.isfinite(values).any():
-            for into, name in ((by_tokens, "tokens"), (by_seconds, "seconds")):
-                x = run.at_step(name, steps)
-                into += [Curve(run.name, x, values, "line", **look), Curve("", x, values, "points", **look)]
-        tokens = run.series["tokens"]
-        for into, name, is_noisy in (
-            (loss, "loss", True),
-            (rates, "lr", False),
-            (norm, "grad_norm", True),
-            (speeds, "tokens_per_second", True),
-        ):
-            if not _has(run, name):
-                continue
-            thinned = thin(tokens, run.series[name])
-            window = smoothing_window(len(thinned.x)) if is_noisy else 1
-            kind = "line" if len(thinned.x) > 1 else "points"
-            into.append(Curve(run.name, thinned.x, smooth(thinned.mean, window), kind, **look))
-    smoothed = "Means over neighbouring steps."
-    named = [
-        Chart("validation", "Held-out text by tokens", "bits per byte", "What a token buys.", by_tokens),
-        Chart("validation_time", "Held-out text by time", "bits per byte", "What a second buys.", by_seconds,
-              x_label="time"),
-        Chart("loss", "Training loss", "nats per token", smoothed, loss),
-        Chart("learning_rate", "Learning rate", "", "As applied.", rates, from_zero=True),
-        Chart("gradient_norm", "Gradient norm", "before clipping", smoothed, norm),
-        Chart("throughput", "Throughput", "tokens per second", smoothed, speeds, from_zero=True),
-    ]  # fmt: skip
-    charts = []
-    for chart in named:
-        if not chart.curves:
-            continue
-        everything = np.concatenate([curve.y for curve in chart.curves])
-        log = not chart.from_zero and _spans(everything, 2.0)
-        unit = chart.unit + (", log scale" if log else "")
-        x_label = "tokens" if chart.x_label == "step" else chart.x_label
-        charts.append(replace(chart, log=log, unit=unit, x_label=x_label))
-    return charts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,3 +64,36 @@ def smooth(y: np.ndarray, window: int) -> np.ndarray:
 def smoothing_window(num_points: int) -> int:
     """Return an odd window that takes the noise out of `num_points` and leaves the shape; 1 for short series."""
     return 1 if num_points < 40 else max(3, num_points // 40) | 1
+
+
+@dataclass(frozen=True)
+class Overlaid:
+    """Several series as one: their mean, lowest and highest at the same places."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def overlay(series: Sequence[tuple[np.ndarray, np.ndarray]], points: int = 200) -> Overlaid | None:
+    """Return several series `(x, y)` as one, over the stretch of x that every one of them covers.
+
+    Between its points a series is a straight line; its values that are not finite are left out. None where a series
+    has no point or where no stretch is covered by all.
+    """
+    known = []
+    for x, y in series:
+        finite = np.isfinite(x) & np.isfinite(y)
+        order = np.argsort(x[finite], kind="stable")
+        known.append((x[finite][order], y[finite][order]))
+    if not known or any(not len(x) for x, _ in known):
+        return None
+    start, end = max(x[0] for x, _ in known), min(x[-1] for x, _ in known)
+    if start > end:
+        return None
+    every = np.unique(np.concatenate([x for x, _ in known]))
+    every = every[(every >= start) & (every <= end)]
+    grid = every if len(every) <= points else np.linspace(start, end, points)
+    values = np.stack([np.interp(grid, x, y) for x, y in known])
+    return Overlaid(grid, values.mean(0), values.min(0), values.max(0))

@@ -24,10 +24,14 @@ from hasten.report.wording import SPACE, number, seconds, short
 # Okabe and Ito's colours (safe for the common colour blindnesses), the light ones darkened to 3:1 on white.
 PALETTE = ("#0072b2", "#d55e00", "#00866a", "#b14a8d", "#a87400", "#3a90c5", "#2d3138", "#7b7b0b")
 INK, MUTED, GRID = "#1c1f24", "#5d6671", "#e3e6eb"
+GOOD, BAD, WARN = "#1c6b3c", "#b3261e", "#8a5a00"
 VARIABLES = {**{colour: f"var(--c{i})" for i, colour in enumerate(PALETTE)}} | {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
     GRID: "var(--grid)",
+    GOOD: "var(--good)",
+    BAD: "var(--bad)",
+    WARN: "var(--warn)",
 }
 # One unit of the view box is one CSS pixel of a chart at its natural width.
 WIDTH, HEIGHT = 540, 288
@@ -45,22 +49,20 @@ SETTINGS = {
 
 def draw(chart: Chart, png: Path | None = None) -> str:
     """Return `chart` as an SVG element for an HTML page and, where `png` names a file, write it there as well."""
-    with _quiet_matplotlib():
+    with quiet_matplotlib():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         axes = figure.add_axes(_place(HEIGHT, TOP))
         handles = _plot(axes, chart)
-        figure.patch.set_visible(False)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        element = svg_element(figure, chart.name, WIDTH, HEIGHT)
         if png is not None:
             _write_png(figure, axes, chart, handles, png)
-    return _for_page(stream.getvalue(), chart)
+    return element
 
 
 @contextmanager
-def _quiet_matplotlib() -> Iterator[None]:
+def quiet_matplotlib() -> Iterator[None]:
     """Hold our settings, whatever the user's matplotlibrc says, and let a missing glyph in a PNG be a box."""
     import matplotlib
 
@@ -175,7 +177,7 @@ def _dress(axes: Any, chart: Chart) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(FixedLocator(_ticks(*axes.get_ylim(), log=chart.log)))
     axes.yaxis.set_major_formatter(FuncFormatter(_tick_text))
-    by_time = chart.x_label == "time"
+    by_time = chart.x_label.endswith("time")
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(FixedLocator(_time_ticks(high) if by_time else _ticks(low, high, least=1)))
     axes.xaxis.set_major_formatter(FuncFormatter((lambda x, _: _time_text(x)) if by_time else _tick_text))
@@ -221,35 +223,56 @@ def _time_text(value: float) -> str:
 
 
 def _write_png(figure: Any, axes: Any, chart: Chart, handles: list[tuple[Any, str]], path: Path) -> None:
-    height = HEIGHT - TOP + PNG_TOP
+    labels = [shortened(printable(label), 28) for _, label in handles]
+    longest = max(map(len, labels), default=0)
+    columns = min(4, len(labels), max(1, 100 // (longest + 8))) or 1
+    size, line = (11, 17) if len(labels) <= 4 else (8, 12.5)
+    top = max(PNG_TOP, 38 + line * math.ceil(len(labels) / columns)) if len(labels) > 1 else PNG_TOP
+    height = HEIGHT - TOP + top
     figure.set_size_inches(WIDTH / 72, height / 72)
-    axes.set_position(_place(height, PNG_TOP))
+    axes.set_position(_place(height, top))
     title = chart.title + (f" ({chart.unit})" if chart.unit else "")
     figure.text(12 / WIDTH, 1 - 22 / height, title, color=INK, fontsize=14, weight="bold", parse_math=False)
     if len(handles) > 1:
         legend = figure.legend(
             [artist for artist, _ in handles],
-            [f" {_shortened(printable(label))}" for _, label in handles],  # a leading "_" would hide the entry
-            loc="upper left", bbox_to_anchor=(6 / WIDTH, 1 - 26 / height), ncols=min(4, len(handles)), frameon=False,
-            fontsize=11 if len(handles) <= 4 else 8, labelcolor=MUTED, borderpad=0.2, columnspacing=1.2,
+            [f" {label}" for label in labels],  # a leading "_" would hide the entry
+            loc="upper left", bbox_to_anchor=(6 / WIDTH, 1 - 26 / height), ncols=columns, frameon=False,
+            fontsize=size, labelcolor=MUTED, borderpad=0.2, columnspacing=1.2,
         )  # fmt: skip
         for text in legend.get_texts():
             text.set_parse_math(False)
+    write_png(figure, path)
+
+
+def write_png(figure: Any, path: Path) -> None:
+    """Write a figure as a picture on white."""
     figure.patch.set_visible(True)
     figure.savefig(path, format="png", dpi=PNG_DPI, facecolor="white", pil_kwargs={"compress_level": 3})
 
 
-def _shortened(label: str, limit: int = 28) -> str:
-    return label if len(label) <= limit else f"{label[: limit - 1]}…"
+def shortened(label: str, limit: int) -> str:
+    """Return a name that fits: names often begin alike and end apart, so the middle goes.
+
+    Example:
+        >>> shortened("muon-with-a-long-name-0", 12)
+        'muon-w…ame-0'
+    """
+    half = limit // 2
+    return label if len(label) <= limit else f"{label[:half]}…{label[half + 1 - limit :]}"
 
 
-def _for_page(svg: str, chart: Chart) -> str:
-    """Turn matplotlib's SVG file into an element that fits a page: no ids of its own, no fonts, no fixed colours."""
+def svg_element(figure: Any, name: str, width: float, height: float) -> str:
+    """Return a figure as an element that fits a page: no ids of its own, no fonts, no fixed colours."""
+    figure.patch.set_visible(False)
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = stream.getvalue()
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
     body = re.sub(r"<defs>\s*</defs>", "", body)
     body = body.replace("xlink:href", "href")
-    body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{chart.name}-", body)
+    body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", body)
     body = re.sub(r'(?<=[ "])font(-[a-z]+)?: [^;"]*;? ?', "", body)
     body = re.sub(r' d="[^"]*"', lambda m: re.sub(r"(\.\d)\d+", r"\1", m.group().replace(" \n", " ")), body)
     for colour, variable in VARIABLES.items():
@@ -258,6 +281,6 @@ def _for_page(svg: str, chart: Chart) -> str:
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r"\n\s*", "\n", body)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{chart.name}-title" '
-        f'aria-describedby="{chart.name}-caption">{body}</svg>'
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-labelledby="{name}-title" '
+        f'aria-describedby="{name}-caption">{body}</svg>'
     )

@@ -1,43 +1,54 @@
-"""The page: reads the runs, has the charts drawn, and puts everything into one HTML file."""
+"""The page about runs: reads them, has the charts drawn, and puts everything into one HTML file."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-import hasten
 from hasten.errors import RunError, printable
 from hasten.report import tables
-from hasten.report.charts import CHART_NAMES, Chart, comparison_charts, run_charts
+from hasten.report.charts import CHART_NAMES, run_charts
 from hasten.report.figures import draw
+from hasten.report.overlays import comparison_charts
+from hasten.report.proof import proven_facts
+from hasten.report.render import place_of, render, shown_charts
 from hasten.report.runs import Run, read_runs
+from hasten.report.study import is_study
+from hasten.report.study_page import write_study_report
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write one offline HTML page about `runs`, with a PNG of every chart beside it, and return its path.
 
+    Runs whose recipes differ in nothing but the seed share one curve with a band. One study instead of runs gives the
+    page of `write_study_report`.
+
     Args:
-        runs: run folders; several are laid over each other. Runs that go on, diverged or broke off are welcome.
+        runs: run folders; several are laid over each other. Runs that go on, diverged or broke off are welcome. Or one
+            study that ``hasten compare`` wrote.
         out: the page (``*.html``) or a folder for it; ``report.html`` in the first run folder by default. The
             pictures go into a folder named like the page (``report/loss.png``, ...).
 
     Raises:
-        RunError: a path is no run folder, or the page cannot be written.
+        RunError: a path is no run folder, a study is not given alone, or the page cannot be written.
 
     Example:
         ``write_report([Path("runs/first"), Path("runs/second")], Path("compared.html"))``
     """
+    runs = [Path(folder) for folder in runs]
+    studies = [folder for folder in runs if is_study(folder)]
+    if studies and len(runs) > 1:
+        raise RunError(
+            f"{printable(str(studies[0]))!r} is a study, and {len(runs)} folders were given; give one study alone, or "
+            "runs, such as those in its runs folder."
+        )
+    if studies:
+        return write_study_report(studies[0], out)
     read = read_runs(runs)
     charts = run_charts(read[0]) if len(read) == 1 else comparison_charts(read)
-    out = Path(runs[0]) if out is None else Path(out)
-    page = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
+    page = place_of(runs[0] if out is None else Path(out))
     pictures = page.with_suffix("")
     try:
         pictures.mkdir(parents=True, exist_ok=True)
@@ -45,54 +56,14 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
             (pictures / f"{name}.png").unlink(missing_ok=True)
         drawn = [(chart, draw(chart, pictures / f"{chart.name}.png")) for chart in charts]
         partial = page.with_name(f"{page.name}.tmp")
-        partial.write_text(_html(read, drawn), encoding="utf-8", newline="\n")
+        values = {"charts": shown_charts(drawn), **(_one(read[0]) if len(read) == 1 else _several(read))}
+        partial.write_text(render("page.html", values), encoding="utf-8", newline="\n")
         os.replace(partial, page)
     except OSError as error:
         raise RunError(
             f"Could not write the report {printable(str(page))}: {error.strerror}; give another place with --out."
         ) from error
     return page
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Whatever a run wrote is shown, never obeyed: control characters and turned writing become visible.
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    return environment.from_string(_own_file("page.html"))
-
-
-def _own_file(name: str) -> str:
-    return resources.files("hasten.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _html(runs: Sequence[Run], drawn: Sequence[tuple[Chart, str]]) -> str:
-    return _template().render(
-        style=Markup(_own_file("style.css")),
-        version=hasten.__version__,
-        charts=[
-            {
-                "name": chart.name,
-                "title": chart.title,
-                "unit": chart.unit,
-                "caption": chart.caption,
-                "legend": _legend(chart),
-                "svg": Markup(svg),
-            }
-            for chart, svg in drawn
-        ],
-        **(_one(runs[0]) if len(runs) == 1 else _several(runs)),
-    )
-
-
-def _legend(chart: Chart) -> list[Any]:
-    named = [curve for curve in chart.curves if curve.label]
-    return named if len(named) > 1 else []
 
 
 def _one(run: Run) -> dict[str, Any]:
@@ -133,6 +104,7 @@ def _details(run: Run) -> dict[str, Any]:
         "name": run.name,
         "warnings": tables.warnings(run),
         "time_spent": tables.time_spent(run),
+        "proof": proven_facts(run),
         "samples": tables.samples(run),
         "data": tables.data_facts(run),
         "model": tables.model_facts(run),

@@ -163,7 +163,7 @@ def _read_run(path: Path, name: str) -> Run:
         recipe_text=recipe_text,
         recipe=attempt(folder.recipe_path, lambda: tomllib.loads(recipe_text), {}),
         series=_columns(attempt(folder.metrics_path, lambda: read_metrics(folder), [])),
-        events=_that_count(events),
+        events=that_count(events),
         result=result,
         problems=tuple(problems),
     )
@@ -191,7 +191,7 @@ def _goes_on(events: Sequence[Mapping[str, Any]]) -> bool:
     return "finish" in ends and ends[-1] == "resume"
 
 
-def _that_count(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def that_count(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Leave out what a resumed run did again: measurements after the step that it went back to."""
     counting: list[Mapping[str, Any]] = []
     for event in events:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from hasten.report.charts import baselines, clipped_steps
+from hasten.report.overlays import colours
+from hasten.report.proof import proven_warnings
 from hasten.report.runs import Run, flat
 from hasten.report.wording import UNKNOWN, byte_size, fixed, is_finite, number, percent, seconds, short
 
@@ -53,6 +55,8 @@ LABELS = {
     "tied": "Tied head",
 }
 MAX_SAMPLE = 20_000
+# Parts of events that the list of what happened leaves out: shown elsewhere on the page, or too long.
+UNTOLD = frozenset({"kind", "step", "time", "attempt", "text", "knots", "facts", "warnings"})
 
 
 def title(run: Run) -> str:
@@ -111,8 +115,8 @@ def _listed(parts: Sequence[str]) -> str:
 def bars(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the held-out bits per byte of the runs and of what they are compared with, most first."""
     found = [
-        {"name": run.name if len(runs) > 1 else "this model", "value": run.measured("val_bpb"), "colour": i % 8}
-        for i, run in enumerate(runs)
+        {"name": run.name if len(runs) > 1 else "this model", "value": run.measured("val_bpb"), "colour": colour}
+        for run, colour in zip(runs, colours(runs), strict=True)
     ]
     if len({run.result.get("corpus_sha256") for run in runs}) == 1:
         named = [("untrained", runs[0].measured("untrained_val_bpb")), *baselines(runs[0])]
@@ -140,8 +144,13 @@ def warnings(run: Run) -> list[str]:
     for event in run.of_kind("warning"):
         message = str(event.get("message", ""))
         said[message] = said.get(message, 0) + 1
+    for message in proven_warnings(run):
+        said.setdefault(message, 1)
     found = [message + (f" (said {times} times)" if times > 1 else "") for message, times in said.items() if message]
-    return [*run.problems, *found, *_without_effect(run), *_broken_numbers(run)]
+    # What the run said itself of a technique is not said again in other words.
+    known = {message.partition(",")[0] for message in said}
+    inferred = [message for message in _without_effect(run) if message.partition(",")[0] not in known]
+    return [*run.problems, *found, *inferred, *_broken_numbers(run)]
 
 
 def _without_effect(run: Run) -> list[str]:
@@ -303,7 +312,7 @@ def happenings(run: Run) -> Rows:
     lines = []
     for event in run.events:
         kind = str(event.get("kind", ""))
-        known = {k: v for k, v in event.items() if k not in ("kind", "step", "time", "attempt", "text", "knots")}
+        known = {k: v for k, v in event.items() if k not in UNTOLD}
         words = ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in known.items() if not isinstance(v, Mapping))
         step = event.get("step")
         step = f"step {step:,}" if isinstance(step, int) else ""
@@ -318,7 +327,7 @@ def results_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [
         {
             "name": run.name,
-            "colour": i % 8,
+            "colour": colour,
             "status": run.status,
             "bpb": fixed(value),
             "is_best": value == best and is_finite(value),
@@ -329,7 +338,7 @@ def results_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "steps": number(run.measured("steps")),
             "params": short(run.measured("params")),
         }
-        for i, (run, value) in enumerate(zip(runs, values, strict=True))
+        for run, value, colour in zip(runs, values, colours(runs), strict=True)
     ]
 
 

@@ -1,0 +1,187 @@
+"""A study with real runs: done once, killed and continued, extended, and never changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import hasten
+from hasten.comparison import compare
+from hasten.comparison.study import Study, read_arm
+from hasten.recipe import resolve
+
+
+@pytest.fixture(scope="module")
+def base(tiny, text_file, validation_file):
+    return [*tiny, f"data={text_file}", f"val={validation_file}", "budget=20", "seed=7"]
+
+
+def study(base, *arms, **more):
+    given = {"seeds": 2, "ladder": (), **more}
+    return Study(resolve(None, base).recipe, tuple(read_arm(arm) for arm in arms), **given)
+
+
+@pytest.fixture(scope="module")
+def first(base, tmp_path_factory):
+    """A study of an arm that pays, one that costs, one that changes nothing, and one that cannot learn at all."""
+    told = []
+    folder = tmp_path_factory.mktemp("study") / "st"
+    arms = ("muon:optimizer=muon", "crawl:lr=0.00001", "twin", "wild:optimizer=sgd lr=100 clip=none optimizer.weight_decay=10")
+    found = compare(
+        study(base, *arms, ladder=(0.5,)),
+        out=folder,
+        workers=2,
+        tell=lambda kind, **values: told.append((kind, values)),
+    )
+    return found, told
+
+
+def entry(found, name):
+    return next(arm for arm in found.verdicts["arms"] if arm["name"] == name)
+
+
+def test_verdicts_are_those_that_were_planted(first):
+    found, _ = first
+    assert entry(found, "crawl")["effects"]["bits_per_byte"]["mean"] > 0.05
+    assert entry(found, "muon")["effects"]["bits_per_byte"]["mean"] < 0
+    assert found.verdict("twin") == "identical"
+    assert found.verdict("wild") == "diverged"
+    assert entry(found, "wild")["runs"][0]["status"] == "diverged"
+
+
+def test_every_run_is_an_ordinary_run_folder(first):
+    found, _ = first
+    run = entry(found, "crawl")["runs"][1]
+    folder = found.folder / "runs" / run["run"]
+    recipe = resolve(folder).recipe
+    assert (recipe.seed, recipe.optimizer.lr, str(recipe.budget)) == (8, 0.00001, "20")
+    assert json.loads((folder / "result.json").read_text(encoding="utf-8"))["val_bpb"] == run["val_bpb"]
+    assert not (folder / "checkpoints").exists()
+    assert (folder / "final" / "model.safetensors").exists()
+
+
+def test_arms_of_one_recipe_share_their_runs(first):
+    found, _ = first
+    assert [run["run"] for run in entry(found, "twin")["runs"]] == [
+        run["run"] for run in found.verdicts["base"]["runs"]
+    ]
+    assert len(list((found.folder / "runs").glob("twin-*"))) + len(list((found.folder / "runs").glob("base-*"))) == 2
+
+
+def test_better_arm_climbs_the_ladder_and_a_worse_one_is_censored(first):
+    found, _ = first
+    muon, crawl = entry(found, "muon"), entry(found, "crawl")
+    assert [rung["share"] for rung in muon["ladder"]] == [0.5, 0.5]
+    assert muon["effects"]["steps_to_loss"]["censored"] == 0
+    assert (crawl["ladder"], crawl["effects"]["steps_to_loss"]["censored"]) == ([], 2)
+
+
+def test_file_holds_what_was_returned(first):
+    found, _ = first
+    assert json.loads((found.folder / "verdicts.json").read_text(encoding="utf-8")) == found.verdicts
+    for arm in found.verdicts["arms"]:
+        assert {"name", "verdict", "effects", "n", "p"} <= set(arm)
+
+
+def test_finished_study_does_nothing_again(first, base):
+    found, _ = first
+    told = []
+    again = compare(found.folder / "study.toml", out=found.folder, tell=lambda kind, **values: told.append(kind))
+    assert again.verdicts["arms"] == found.verdicts["arms"]
+    assert "run" not in told
+
+
+def test_study_is_extended_by_a_seed_and_an_arm(first, base, tmp_path):
+    found, _ = first
+    told = []
+    subprocess.run(["cp", "-r", str(found.folder), str(tmp_path / "st")], check=True)
+    more = compare(
+        study(base, "calm:lr=0.003", seeds=3), out=tmp_path / "st", workers=2,
+        tell=lambda kind, **values: told.append((kind, values.get("variant"))),
+    )  # fmt: skip
+    assert [arm["name"] for arm in more.verdicts["arms"]] == ["muon", "crawl", "twin", "wild", "calm"]
+    assert more.verdicts["study"]["seeds"] == [7, 8, 9]
+    assert sorted(name for kind, name in told if kind == "run") == sorted(
+        ["base", "muon", "crawl", "wild", "calm", "calm", "calm"]
+    ) or sorted(name for kind, name in told if kind == "run") == sorted(
+        ["twin", "muon", "crawl", "wild", "calm", "calm", "calm"]
+    )
+    assert more.verdicts["study"]["looks"] == 2
+    assert more.verdicts["study"]["level"] == pytest.approx(1 - 0.05 / 6)
+
+
+def test_folder_of_something_else_is_left_alone(base):
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").write_text("x", encoding="utf-8")
+    with pytest.raises(hasten.RunError, match="something else"):
+        compare(study(base, "twin"), out="mine")
+    assert sorted(path.name for path in Path("mine").iterdir()) == ["thesis.tex"]
+
+
+def test_run_that_cannot_begin_stops_the_study_with_its_words(base):
+    with pytest.raises(hasten.RunError, match=r"big, seed 7: .*(memory|disk)"):
+        compare(study(base, "big:model.width=16384 model.num_layers=4096", seeds=1), out="st", workers=1)
+
+
+def test_rates_are_tried_on_a_seed_of_their_own(base):
+    found = compare(study(base, "crawl:lr=0.00001", seeds=1, lr_tries=2), out="st", workers=2)
+    tuning = found.verdicts["study"]["tuning"]
+    assert (tuning["seed"], tuning["tries"]) == (100_007, 2)
+    assert tuning["arms"]["crawl"]["taken"] == 2e-5
+    assert tuning["arms"]["crawl"]["at_edge"]
+    assert entry(found, "crawl")["runs"][0]["lr"] == 2e-5
+    assert tuning["cost_seconds"] > 0
+
+
+def test_killed_study_goes_on_and_ends_with_the_same_numbers(first, base, tmp_path):
+    found, _ = first
+    words = [
+        "compare",
+        *base,
+        "--arm",
+        "crawl:lr=0.00001",
+        "--seeds",
+        "2",
+        "--ladder",
+        "none",
+        "--out",
+        "st",
+        "--workers",
+        "2",
+    ]
+    command = [sys.executable, "-m", "hasten", *words]
+    metrics = tmp_path / "st" / "runs"
+    kills = 0
+    while kills < 3:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True)
+        seen = len(list(metrics.glob("*/metrics.jsonl")))
+        until(lambda: process.poll() is not None or len(list(metrics.glob("*/metrics.jsonl"))) > seen)  # noqa: B023
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills
+    subprocess.run(command, stdout=subprocess.DEVNULL, cwd=tmp_path, check=True)
+    verdicts = json.loads((tmp_path / "st" / "verdicts.json").read_text(encoding="utf-8"))
+    assert [run["val_bpb"] for run in verdicts["arms"][0]["runs"]] == [
+        r["val_bpb"] for r in entry(found, "crawl")["runs"]
+    ]
+    assert [run["val_bpb"] for run in verdicts["base"]["runs"]] == [
+        r["val_bpb"] for r in found.verdicts["base"]["runs"]
+    ]
+    assert (tmp_path / "st" / "report.html").is_file()
+
+
+def until(holds, seconds=120):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
