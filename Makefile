@@ -51,6 +51,11 @@ bench: $(VENV)/.ready-dev
 	$(PIP) -r benchmarks/requirements-peers.txt
 	$(BIN)/python benchmarks/bench_optimizers.py --quick
 	$(BIN)/python benchmarks/bench_optimizer_steps.py --out benchmarks/results/latest_optimizer_steps
+	$(BIN)/python benchmarks/bench_state_format.py --out build/state_format
+	$(BIN)/python benchmarks/bench_statistics.py --out build/statistics
+	$(BIN)/python benchmarks/bench_compare.py --out build/compare
+	$(BIN)/python benchmarks/bench_plan.py --out build/plan
+	$(BIN)/python benchmarks/bench_restart.py --out build/restart
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

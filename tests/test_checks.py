@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hasten.checks import (
     Facts,
@@ -17,7 +18,9 @@ from hasten.checks import (
     free_bytes,
     this_machine,
 )
-from hasten.checks.run import EXPORT_BYTES, WEIGHT_BYTES
+from hasten.checks.run import EXPORT_BYTES, WEIGHT_BYTES, check_size
+from hasten.errors import RecipeError
+from hasten.loop import train
 from hasten.recipe import Recipe, resolve
 
 BASE = """
@@ -241,3 +244,21 @@ def test_a_schedule_that_does_nothing_or_harm_is_told_once(settings, said):
     found = check(recipe_of(*settings), GOOD)
     assert [finding.level for finding in found] == ["warning"]
     assert said in found[0].message
+
+
+@pytest.mark.parametrize(("params", "memory", "fits"), [(1000, 8000, True), (1001, 8000, False), (10**12, 0, True)])
+def test_a_model_that_cannot_fit_is_refused_before_it_is_built(params, memory, fits):
+    assert [finding.level for finding in check_size(params, memory)] == ([] if fits else ["error"])
+
+
+def test_a_model_that_cannot_fit_is_refused_by_training(text_file):
+    settings = [f"data={text_file}", "budget=2", "out=run", "data.tokenizer=bytes", "model.mlp_width=1000000000"]
+    with pytest.raises(RecipeError, match="Weights and gradients of .* GB of memory"):
+        train(resolve(None, settings).recipe)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_a_machine_is_looked_at_for_every_device(device):
+    machine = this_machine(recipe_of(f"device={device}"))
+    assert machine.cuda_devices == torch.cuda.device_count()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,21 +12,23 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import hasten
 from hasten.comparison import compare
-from hasten.comparison.study import Study, read_arm
+from hasten.comparison.study import Study, read_arm, write_study
 from hasten.recipe import resolve
 
 
 @pytest.fixture(scope="module")
 def base(tiny, text_file, validation_file):
-    return [*tiny, f"data={text_file}", f"val={validation_file}", "budget=20", "seed=7"]
+    return [*tiny, f"data={text_file}", f"val={validation_file}", "seed=7"]
 
 
 def study(base, *arms, **more):
     given = {"seeds": 2, "ladder": (), **more}
-    return Study(resolve(None, base).recipe, tuple(read_arm(arm) for arm in arms), **given)
+    budget = () if any(text.startswith("budget") for text in base) else ("budget=20",)
+    return Study(resolve(None, [*base, *budget]).recipe, tuple(read_arm(arm) for arm in arms), **given)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,12 @@ def first(base, tmp_path_factory):
     """A study of an arm that pays, one that costs, one that changes nothing, and one that cannot learn at all."""
     told = []
     folder = tmp_path_factory.mktemp("study") / "st"
-    arms = ("muon:optimizer=muon", "crawl:lr=0.00001", "twin", "wild:optimizer=sgd lr=100 clip=none optimizer.weight_decay=10")
+    arms = (
+        "muon:optimizer=muon",
+        "crawl:lr=0.00001",
+        "twin",
+        "wild:optimizer=sgd lr=100 clip=none optimizer.weight_decay=10",
+    )
     found = compare(
         study(base, *arms, ladder=(0.5,)),
         out=folder,
@@ -98,23 +106,23 @@ def test_finished_study_does_nothing_again(first, base):
     assert "run" not in told
 
 
-def test_study_is_extended_by_a_seed_and_an_arm(first, base, tmp_path):
+def test_study_is_extended_by_a_seed_and_an_arm_and_runs_only_those(first, base):
     found, _ = first
+    Path("st").mkdir()
+    shutil.copytree(found.folder / "runs", "st/runs")  # a study's runs are found by what is in them
+    write_study(study(base, "crawl:lr=0.00001"), Path("st/study.toml"))
+    shutil.copy(found.folder / "verdicts.json", "st/verdicts.json")
     told = []
-    subprocess.run(["cp", "-r", str(found.folder), str(tmp_path / "st")], check=True)
     more = compare(
-        study(base, "calm:lr=0.003", seeds=3), out=tmp_path / "st", workers=2,
+        study(base, "calm:lr=0.003", seeds=3), out="st", workers=2,
         tell=lambda kind, **values: told.append((kind, values.get("variant"))),
     )  # fmt: skip
-    assert [arm["name"] for arm in more.verdicts["arms"]] == ["muon", "crawl", "twin", "wild", "calm"]
-    assert more.verdicts["study"]["seeds"] == [7, 8, 9]
-    assert sorted(name for kind, name in told if kind == "run") == sorted(
-        ["base", "muon", "crawl", "wild", "calm", "calm", "calm"]
-    ) or sorted(name for kind, name in told if kind == "run") == sorted(
-        ["twin", "muon", "crawl", "wild", "calm", "calm", "calm"]
-    )
-    assert more.verdicts["study"]["looks"] == 2
-    assert more.verdicts["study"]["level"] == pytest.approx(1 - 0.05 / 6)
+    assert [arm["name"] for arm in more.verdicts["arms"]] == ["crawl", "calm"]
+    ran = sorted(name for kind, name in told if kind == "run")
+    assert ran == ["base", "calm", "calm", "calm", "crawl"]
+    about = more.verdicts["study"]
+    assert (about["seeds"], about["looks"], about["level"]) == ([7, 8, 9], 2, pytest.approx(1 - 0.05 / 6))
+    assert "extended after a look" in about["correction"]
 
 
 def test_folder_of_something_else_is_left_alone(base):
@@ -125,13 +133,15 @@ def test_folder_of_something_else_is_left_alone(base):
     assert sorted(path.name for path in Path("mine").iterdir()) == ["thesis.tex"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
 def test_run_that_cannot_begin_stops_the_study_with_its_words(base):
-    with pytest.raises(hasten.RunError, match=r"big, seed 7: .*(memory|disk)"):
-        compare(study(base, "big:model.width=16384 model.num_layers=4096", seeds=1), out="st", workers=1)
+    with pytest.raises(hasten.RunError, match=r"gpu, seed 7: device=cuda.*logs"):
+        compare(study(base, "gpu:device=cuda", seeds=1), out="st", workers=1)
+    assert json.loads(Path("st/verdicts.json").read_text(encoding="utf-8"))["study"]["complete"] is False
 
 
 def test_rates_are_tried_on_a_seed_of_their_own(base):
-    found = compare(study(base, "crawl:lr=0.00001", seeds=1, lr_tries=2), out="st", workers=2)
+    found = compare(study([*base, "budget=3"], "crawl:lr=0.00001", seeds=1, lr_tries=2), out="st", workers=2)
     tuning = found.verdicts["study"]["tuning"]
     assert (tuning["seed"], tuning["tries"]) == (100_007, 2)
     assert tuning["arms"]["crawl"]["taken"] == 2e-5
@@ -142,45 +152,22 @@ def test_rates_are_tried_on_a_seed_of_their_own(base):
 
 def test_killed_study_goes_on_and_ends_with_the_same_numbers(first, base, tmp_path):
     found, _ = first
-    words = [
-        "compare",
-        *base,
-        "--arm",
-        "crawl:lr=0.00001",
-        "--seeds",
-        "2",
-        "--ladder",
-        "none",
-        "--out",
-        "st",
-        "--workers",
-        "2",
-    ]
-    command = [sys.executable, "-m", "hasten", *words]
-    metrics = tmp_path / "st" / "runs"
-    kills = 0
-    while kills < 3:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True)
-        seen = len(list(metrics.glob("*/metrics.jsonl")))
-        until(lambda: process.poll() is not None or len(list(metrics.glob("*/metrics.jsonl"))) > seen)  # noqa: B023
-        if process.poll() is not None:
-            break
+    words = [*base, "budget=20", "--arm", "crawl:lr=0.00001", "--seeds", "2", "--ladder", "none", "--workers", "2"]
+    command = [sys.executable, "-m", "hasten", "compare", *words, "--out", "st"]
+    runs = tmp_path / "st" / "runs"
+    for num_runs in (1, 3):  # killed in the first runs, and again in later ones
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
+        until(lambda: process.poll() is not None or len(list(runs.glob("*/metrics.jsonl"))) >= num_runs)  # noqa: B023
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        kills += 1
-    assert kills
     subprocess.run(command, stdout=subprocess.DEVNULL, cwd=tmp_path, check=True)
     verdicts = json.loads((tmp_path / "st" / "verdicts.json").read_text(encoding="utf-8"))
-    assert [run["val_bpb"] for run in verdicts["arms"][0]["runs"]] == [
-        r["val_bpb"] for r in entry(found, "crawl")["runs"]
-    ]
-    assert [run["val_bpb"] for run in verdicts["base"]["runs"]] == [
-        r["val_bpb"] for r in found.verdicts["base"]["runs"]
-    ]
+    for mine, other in ((verdicts["arms"][0], entry(found, "crawl")), (verdicts["base"], found.verdicts["base"])):
+        assert [run["val_bpb"] for run in mine["runs"]] == [run["val_bpb"] for run in other["runs"]]
     assert (tmp_path / "st" / "report.html").is_file()
 
 
-def until(holds, seconds=120):
+def until(holds, seconds=400):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it never happened"

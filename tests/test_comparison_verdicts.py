@@ -47,12 +47,14 @@ def test_time_to_loss_is_interpolated_between_finished_schedules():
     ladder = [Rung(0, 0.5, missed, False), Rung(0, 0.65, there, True)]
     found = to_loss_effects([arm], [base], [ladder], level=0.95)
     assert found["steps_to_loss"].to_json()["each"][0] == pytest.approx(math.sqrt(50 * 65) / 100 - 1)
+    assert found["steps_to_loss"].at_most == 0
     assert found["seconds_to_loss"].to_json()["each"][0] == pytest.approx(math.sqrt(5.0 * 6.5) / 10 - 1)
 
 
 def test_shortest_rung_that_gets_there_counts_where_none_misses():
     found = to_loss_effects([run(1.8)], [run(2.0)], [[Rung(0, 0.5, run(1.9, steps=50), True)]], level=0.95)
     assert found["steps_to_loss"].to_json()["each"] == pytest.approx([-0.5])
+    assert found["steps_to_loss"].to_json()["at_most"] == 1
 
 
 def test_arm_that_never_gets_there_is_censored():

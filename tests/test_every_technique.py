@@ -25,7 +25,7 @@ from hasten.loop.proving import Proof, note_first_weights, prove
 from hasten.loop.steps import Teller
 from hasten.model import Decoder
 from hasten.model.attention import Causal
-from hasten.optim import RuledOptimizer, elementwise, modifiers, shell
+from hasten.optim import OPTIMIZERS, RuledOptimizer, elementwise, modifiers, shell
 from hasten.proof import doubts, warnings_of
 from hasten.recipe import resolve
 from hasten.recipe.schedules import CosineChoices, ScheduleChoices
@@ -393,3 +393,10 @@ def test_modifiers_say_what_they_did(ran):
 def test_documents_are_told_apart_by_a_mask(ran):
     assert "5 micro-batches with a mask of scores" in ran().fact("Documents")
     assert ran("data.document_mask=false").fact("Documents").startswith("of one row see each other")
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_no_optimizer_is_suspected_of_what_it_does_not_do(optimizer, ran):
+    done = ran(f"optimizer={optimizer}", budget="4")
+    assert done.proof.warnings == []
+    assert done.fact("Optimizer").startswith(optimizer)

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from hasten.generation import generate
     from hasten.loop import advance, start, train
     from hasten.optim import optimizer
+    from hasten.planning.plans import plan
     from hasten.recipe import resolve
+    from hasten.restarts import restart
 
 __version__ = "0.1.0"
 
@@ -30,7 +32,9 @@ _HOMES = {
     "export": "hasten.exports",
     "generate": "hasten.generation",
     "optimizer": "hasten.optim",
+    "plan": "hasten.planning.plans",
     "resolve": "hasten.recipe",
+    "restart": "hasten.restarts",
     "start": "hasten.loop",
     "train": "hasten.loop",
 }
@@ -47,7 +51,9 @@ __all__ = [
     "export",
     "generate",
     "optimizer",
+    "plan",
     "resolve",
+    "restart",
     "start",
     "train",
 ]

@@ -68,9 +68,9 @@ def free_bytes(folder: Path) -> int:
 def compiler_found(device: str) -> bool:
     """Say whether `torch.compile` has what it needs: a C++ compiler and Python's headers, or Triton on a GPU."""
     if device == "cuda":
-        import torch
+        from torch.utils._triton import has_triton  # not there as an attribute until it is imported
 
-        return torch.utils._triton.has_triton()
+        return has_triton()
     has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
     return has_compiler and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
 

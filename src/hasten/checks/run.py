@@ -26,6 +26,8 @@ WORTH_TELLING = 0.02
 # Below this share of a step's work, attention over the row is too little for shorter rows to save anything that can be
 # measured; below this share of full-length steps at the end, a model hardly learns to use its full length.
 ATTENTION_SHARE, FULL_LENGTH_SHARE = 0.06, 0.1
+# Float32 weights (or narrow ones and their masters) and gradients.
+TRAINED_BYTES = 8
 # Share of the memory that a run may take without a word.
 MEMORY_SHARE = 0.9
 # Below this share of its peak a learning rate teaches next to nothing; from half-time on for as long is told.
@@ -85,6 +87,22 @@ def check(recipe: Recipe, facts: Facts) -> list[Finding]:
     findings = [finding for ask in about for finding in ask(recipe, facts)]
     findings += [warning(f"{text[0].upper()}{text[1:]}") for text in facts.optimizer_warnings]
     return worst_first([*findings, *check_horizon(recipe, facts)])
+
+
+def check_size(params: int, memory_bytes: int) -> list[Finding]:
+    """Return what is wrong about a model of `params` parameters on a machine, before it is built.
+
+    Weights and gradients alone take 8 bytes a parameter, whatever the precision; `memory_bytes` 0 is not known.
+    """
+    if not memory_bytes or params * TRAINED_BYTES <= memory_bytes:
+        return []
+    needed, there = _size(params * TRAINED_BYTES), _size(memory_bytes)
+    return [
+        error(
+            f"Weights and gradients of {params:,} parameters alone take {needed} of memory, and there are {there}: "
+            "give a smaller model, or a machine with more."
+        )
+    ]
 
 
 def check_horizon(recipe: Recipe, facts: Facts) -> list[Finding]:

@@ -30,11 +30,13 @@ class Rung:
 class Effect:
     """Log ratios of an arm to what it is compared with, one for every seed, and what they say together.
 
-    `logs` has None where the arm never got to the other's loss (censored); then nothing is estimated.
+    `logs` has None where the arm never got to the loss (censored); then nothing is estimated. In `at_most` seeds
+    the shortest horizon tried got there already, so that the truth may be less.
     """
 
     logs: tuple[float | None, ...]
     found: Estimate | None
+    at_most: int = 0
 
     @property
     def censored(self) -> int:
@@ -53,6 +55,7 @@ class Effect:
             "each": [relative(value) for value in self.logs],
             "method": "censored" if found is None else found.method,
             "censored": self.censored,
+            "at_most": self.at_most,
         }
 
 
@@ -88,6 +91,10 @@ def to_loss_effects(
         rungs: of the arm, seed by seed: what was run on shorter horizons.
         level: of the intervals.
     """
+    at_most = sum(
+        bool(ladder) and mine["val_bpb"] <= other["val_bpb"] and not _before(mine, ladder, "steps")
+        for mine, other, ladder in zip(arm, against, rungs, strict=True)
+    )
     found = {}
     for name, key in TO_LOSS.items():
         logs = tuple(
@@ -95,20 +102,29 @@ def to_loss_effects(
             for mine, other, ladder in zip(arm, against, rungs, strict=True)
         )
         known = [value for value in logs if value is not None]
-        found[name] = Effect(logs, estimate(known, level=level) if len(known) == len(logs) else None)
+        found[name] = Effect(logs, estimate(known, level=level) if len(known) == len(logs) else None, at_most)
     return found
+
+
+def _there(whole: Run, ladder: Sequence[Rung], key: str) -> Run:
+    """Return the shortest run that got to the loss; the whole one did."""
+    return min([whole, *(rung.run for rung in ladder if rung.reached)], key=lambda run: run[key])
+
+
+def _before(whole: Run, ladder: Sequence[Rung], key: str) -> Run | None:
+    """Return the longest run below that one that missed the loss; None where none did."""
+    there = _there(whole, ladder, key)
+    missed = [rung.run for rung in ladder if not rung.reached and rung.run["val_bpb"] is not None]
+    return max((run for run in missed if run[key] < there[key]), key=lambda run: run[key], default=None)
 
 
 def _log_ratio_to_loss(whole: Run, other: Run, ladder: Sequence[Rung], key: str) -> float | None:
     target = other["val_bpb"]
     if whole["val_bpb"] > target:
         return None
-    missed = [rung.run for rung in ladder if not rung.reached and rung.run["val_bpb"] is not None]
-    there = min([whole, *(rung.run for rung in ladder if rung.reached)], key=lambda run: run[key])
-    below = [run for run in missed if run[key] < there[key]]
-    if not below:
+    there, before = _there(whole, ladder, key), _before(whole, ladder, key)
+    if before is None:
         return math.log(there[key] / other[key])
-    before = max(below, key=lambda run: run[key])
     part = (before["val_bpb"] - target) / (before["val_bpb"] - there["val_bpb"])
     return math.log(before[key]) + part * math.log(there[key] / before[key]) - math.log(other[key])
 

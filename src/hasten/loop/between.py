@@ -63,6 +63,8 @@ def _evaluate_in_run(state: State, tell: Teller) -> float:
         tokens=evaluation.tokens,
         whole=False,
         seconds=spent,
+        trained_tokens=state.tokens,
+        train_seconds=state.phases.get("train", 0.0) + state.phases.get("data", 0.0),
     )
     target = state.recipe.target_loss
     if target is not None and evaluation.loss <= target:

@@ -208,7 +208,7 @@ def _optimizer(state: State) -> dict[str, Any]:
         "is_coupled": RULES[recipe.optimizer.name].is_coupled,
         "state_bytes": state_bytes,
         "moved": _moved(state),
-        "on_sphere": radii if recipe.optimizer.hyperball else None,
+        "on_sphere": radii if recipe.optimizer.model_dump().get("hyperball") else None,
         **_average(state),
     }
 

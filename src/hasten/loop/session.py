@@ -11,7 +11,18 @@ from typing import Any
 import torch
 
 from hasten import checkpoint
-from hasten.checks import Facts, Finding, check, check_horizon, check_machine, free_bytes, this_machine
+from hasten.checks import (
+    TRAINED_BYTES,
+    Facts,
+    Finding,
+    check,
+    check_horizon,
+    check_machine,
+    check_size,
+    free_bytes,
+    machine_bytes,
+    this_machine,
+)
 from hasten.data.preparation import prepare
 from hasten.data.reading import packing_reports
 from hasten.data.shards import PreparedData
@@ -23,7 +34,7 @@ from hasten.loop.finish import Result, finish, paused, stopped
 from hasten.loop.interrupt import stop_on_signals
 from hasten.loop.pausing import pause_point, pause_step
 from hasten.loop.proving import note_first_weights
-from hasten.loop.state import State, packing_settings, restore, start
+from hasten.loop.state import State, packing_settings, pick_device, restore, start
 from hasten.loop.steps import Event, Hook, Teller, advance
 from hasten.loop.timetable import Timetable
 from hasten.model import Decoder, count_parameters, read_model
@@ -131,6 +142,9 @@ def _checked_state(recipe: Recipe, folder: RunFolder, tell: Teller) -> State:
     """Prepare the data, build the state before the first step, and refuse or warn about what can be known now."""
     _report(check_machine(recipe, this_machine(recipe)), tell)
     data = prepare_for(recipe, on_progress=lambda progress: tell("prepare", progress=progress))
+    if not recipe.init_from:  # a model that does not fit must not be tried: the system would kill the process
+        params = count_parameters(recipe.model.build(data.vocab_size, recipe.lengths.seq_len))
+        _report(check_size(params, machine_bytes(pick_device(recipe.device))), tell)
     state = start(recipe, data, model=_warm_start(recipe))
     reports = packing_reports(data, **packing_settings(recipe))
     state.notes["packing"] = [{**dataclasses.asdict(report), "utilisation": report.utilisation} for report in reports]
@@ -166,6 +180,8 @@ def _facts(state: State, folder: RunFolder, planned_steps: int | None = None) ->
         width=state.config.width,
         micro_rows=state.batch_sizes.micro_rows,
         steps_per_epoch=state.steps_per_epoch,
+        needed_bytes=TRAINED_BYTES * count_parameters(state.config) + plan.state_bytes,
+        memory_bytes=machine_bytes(state.device),
         window_saves=state.model.attention_choice(state.config.seq_len, windowed=True).backend != "dense",
     )
 

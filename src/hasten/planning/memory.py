@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hasten.planning.machine import held_bytes
+from hasten.checks.capacity import held_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

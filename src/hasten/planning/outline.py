@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.checks import Facts, free_bytes
+from hasten.checks.capacity import machine_bytes
 from hasten.data.lengths import BatchSizes
 from hasten.data.shards import PreparedData
 from hasten.loop import start
 from hasten.model import ModelConfig, count_parameters
 from hasten.planning.costs import positions_seen
-from hasten.planning.machine import machine_bytes
 from hasten.planning.memory import Memory, estimated
 from hasten.planning.packings import Packed, packings
 from hasten.planning.times import Course

@@ -120,9 +120,9 @@ def _beside(recipe: Recipe, data: Data) -> Iterator[str]:
 
 
 def _decay(recipe: Recipe, data: Data) -> Iterator[str]:
-    optimizer = recipe.optimizer
+    asked = recipe.optimizer.model_dump()
     was_zero = all(group["decay"]["max"] == 0 for group in data["groups"].values())
-    if optimizer.weight_decay > 0 and not optimizer.hyperball and was_zero:
+    if asked["weight_decay"] > 0 and not asked.get("hyperball") and was_zero:
         yield _idle("optimizer.weight_decay", data, f"it was zero in every group; {FAULT}")
 
 
@@ -210,15 +210,16 @@ def _weights(recipe: Recipe, data: Data) -> Iterator[str]:
 
 
 def _modifiers(recipe: Recipe, data: Data) -> Iterator[str]:
-    optimizer, looks, known = recipe.optimizer, data["looks"], data["optimizer"]
+    # Not every optimizer has every modifier.
+    asked, looks, known = recipe.optimizer.model_dump(), data["looks"], data["optimizer"]
     cautious = looks.get("cautious", {})
-    if optimizer.cautious and cautious.get("moved") and not cautious.get("still"):
+    if asked.get("cautious") and cautious.get("moved") and not cautious.get("still"):
         yield (
             f"optimizer.cautious enabled, but it left alone 0 of the {cautious['moved']:,} elements looked at: {FAULT}."
         )
-    if optimizer.hyperball and known["on_sphere"] == 0:
+    if asked.get("hyperball") and known["on_sphere"] == 0:
         yield _idle("optimizer.hyperball", data, f"it holds the norm of no matrix; {FAULT}")
-    if optimizer.ema > 0 and known["ema_is_first"]:
+    if asked.get("ema") and known["ema_is_first"]:
         yield _idle("optimizer.ema", data, f"the average is still the initial weights; {FAULT}")
     every = data["planned"]["estimate_every"]
     if 0 < every <= data["steps"] and "estimates" not in looks:

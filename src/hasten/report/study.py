@@ -18,7 +18,10 @@ KINDS = ("pays", "costs", "none", "unknown", "identical", "diverged")
 
 @dataclass(frozen=True)
 class Effect:
-    """A relative change against another arm: -0.05 is 5 % less. None is what could not be said."""
+    """A relative change against another arm: -0.05 is 5 % less. None is what could not be said.
+
+    `censored` seeds never got there; in `at_most` seeds the shortest budget tried did, so the truth may be less.
+    """
 
     mean: float | None
     low: float | None
@@ -27,6 +30,7 @@ class Effect:
     p: float | None
     method: str
     censored: int
+    at_most: int = 0
 
 
 @dataclass(frozen=True)
@@ -324,6 +328,7 @@ def _effects(place: _Place | None) -> dict[str, Effect]:
             p=effect.number("p"),
             method=effect.text("method"),
             censored=effect.whole("censored", 0),
+            at_most=effect.whole("at_most", 0),
         )
         for name, effect in found.items()
         if effect is not None

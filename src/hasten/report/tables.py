@@ -149,7 +149,8 @@ def warnings(run: Run) -> list[str]:
     found = [message + (f" (said {times} times)" if times > 1 else "") for message, times in said.items() if message]
     # What the run said itself of a technique is not said again in other words.
     known = {message.partition(",")[0] for message in said}
-    inferred = [message for message in _without_effect(run) if message.partition(",")[0] not in known]
+    inferred = _without_effect(run) if not run.latest("proof") else []  # a run with a proof judged that itself
+    inferred = [message for message in inferred if message.partition(",")[0] not in known]
     return [*run.problems, *found, *inferred, *_broken_numbers(run)]
 
 
@@ -312,6 +313,8 @@ def happenings(run: Run) -> Rows:
     lines = []
     for event in run.events:
         kind = str(event.get("kind", ""))
+        if kind == "proof":  # a table of its own
+            continue
         known = {k: v for k, v in event.items() if k not in UNTOLD}
         words = ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in known.items() if not isinstance(v, Mapping))
         step = event.get("step")

@@ -108,7 +108,7 @@ def _bare(share: float, digits: int) -> str:
 def interval(effect: Effect) -> str:
     """Return the interval of an effect in percent, or why it has none."""
     if effect.low is None or effect.high is None:
-        few = "one seed, no interval" if effect.n < 2 else "no interval"
+        few = "one seed, no interval" if effect.n < 2 else "" if effect.at_most else "no interval"
         return {"identical": "equal in every digit", "too few": few}.get(effect.method, "")
     digits = places(effect.mean, (effect.high - effect.low) / 2)
     return f"[{_bare(effect.low, digits)}, {_bare(effect.high, digits)}]"
@@ -127,7 +127,10 @@ def change(effect: Effect | None) -> str:
     half = None if effect.low is None or effect.high is None else (effect.high - effect.low) / 2
     said = interval(effect)
     digits = places(effect.mean) if half is None else places(effect.mean, half)
-    return f"{signed(effect.mean, digits)} {said if said.startswith('[') else f'({said})' if said else ''}".strip()
+    bound = "at most " if effect.at_most else ""
+    return (
+        f"{bound}{signed(effect.mean, digits)} {said if said.startswith('[') else f'({said})' if said else ''}".strip()
+    )
 
 
 def setting(value: Any) -> str:
