@@ -107,15 +107,15 @@ def run_study(
 ) -> Comparison:
     """Run `study` in `folder`, or go on with what is there; return its verdicts."""
     room = places(study.base.device, workers, threads or study.base.threads)
+    known = folder / "study.toml"
+    if known.is_file():
+        study = extended(read_study(known), study, folder)
+    who = lineup(study)
+    for variant in _with_data_of_their_own(who.variants):
+        prepare_for(variant.recipe)  # once, and not by every run at the same time; wrong text leaves no folder behind
     with RunFolder(folder).lock():
-        known = folder / "study.toml"
-        if known.is_file():
-            study = extended(read_study(known), study, folder)
-        elif any(path.name != ".lock" for path in folder.iterdir()):
+        if not known.is_file() and any(path.name != ".lock" for path in folder.iterdir()):
             raise RunError(f"{printable(str(folder))} holds something else than a study: give another --out.")
-        who = lineup(study)
-        for variant in _with_data_of_their_own(who.variants):
-            prepare_for(variant.recipe)  # once, and not by every run at the same time
         write_study(study, known)
         return _Conduct(Ledger(study, folder, who, room), tell).conduct()
 
