@@ -88,7 +88,7 @@ class Study:
         if not 0 < self.margin < 1:
             raise RecipeError(f"margin={self.margin} is no share of a loss: give one such as 1% or 0.01.")
         if self.half_width is not None and not 0 < self.half_width < 1:
-            raise RecipeError(f"half_width={self.half_width} (--until) is no share of a loss: give one such as 1% or 0.01.")
+            raise RecipeError(f"half_width={self.half_width} (--until) is no share: give one such as 1% or 0.01.")
         if list(self.ladder) != sorted(set(self.ladder)) or any(not 0 < share < 1 for share in self.ladder):
             raise RecipeError(f"ladder={list(self.ladder)} must rise, above 0 and below 1, such as 0.5,0.65,0.8.")
         if not self.arms:
