@@ -29,9 +29,8 @@ def main() -> None:
     result = json.loads((pool / "result.json").read_text(encoding="utf-8"))
     print(*result["says"], sep="\n")
     cost = result["cost"]
-    print(
-        f"seed {result['survivor']} went on; the others took {cost['others']['steps']} of {cost['total']['steps']} steps"
-    )
+    others, total = cost["others"]["steps"], cost["total"]["steps"]
+    print(f"seed {result['survivor']} went on; the others took {others} of {total} steps")
     assert found.status == "finished"
     assert cost["total"]["steps"] == result["plan"]["steps"] == 60
 
