@@ -65,6 +65,7 @@ def compare(
     hasten compare study.toml --out studies/second          from a file with [base] and [arms]
     """
     from hasten.cli import DONE, INTERRUPTED
+    from hasten.cli.arguments import seconds, share, shares
     from hasten.comparison.compare import run_study
 
     study, folder = _asked(
@@ -74,12 +75,12 @@ def compare(
         {
             "seeds": seeds,
             "mode": mode,
-            "ladder": None if ladder is None else _shares(ladder),
+            "ladder": shares("--ladder", ladder),
             "lr_tries": lr_tries,
-            "half_width": _share("--until", precision),
+            "half_width": share("--until", precision),
             "max_seeds": max_seeds,
-            "spend": _seconds(spend),
-            "margin": _share("--margin", margin),
+            "spend": seconds("--spend", spend),
+            "margin": share("--margin", margin),
         },
     )
     display = _Display()
@@ -99,7 +100,7 @@ def compare(
 
 def _asked(arguments: list[str], arms: list[str], out: Path | None, settings: dict[str, Any]) -> Any:
     """Return the study and its folder; with nothing but a folder, the study that is in it."""
-    from hasten.cli.train import split_arguments
+    from hasten.cli.arguments import split_arguments
     from hasten.comparison.compare import asked, is_study_file
     from hasten.comparison.study import read_arm, read_study
     from hasten.errors import RecipeError
@@ -119,39 +120,6 @@ def _asked(arguments: list[str], arms: list[str], out: Path | None, settings: di
     else:
         study = asked(resolve(source, texts).recipe, given, settings)
     return study, out if out is not None else Path("studies") / study.base.default_run_name()
-
-
-def _share(name: str, text: str | None) -> float | None:
-    from hasten.duration import Duration
-    from hasten.errors import RecipeError, printable
-
-    if text is None:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        given = Duration.parse(text, positive=True)
-    if given.unit != "share":
-        raise RecipeError(f"{name} {printable(text)} is no share: give one such as 1% or 0.01.")
-    return given.value
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    if text.strip().lower() in ("", "none", "no"):
-        return ()
-    return tuple(_share("--ladder", part.strip()) or 0.0 for part in text.split(","))
-
-
-def _seconds(text: str | None) -> float | None:
-    from hasten.duration import Duration
-    from hasten.errors import RecipeError, printable
-
-    if text is None:
-        return None
-    given = Duration.parse(text, positive=True)
-    if given.unit != "seconds":
-        raise RecipeError(f"--spend {printable(text)} is no time: give one such as 90min or 2h.")
-    return given.value
 
 
 class _Display:

@@ -51,7 +51,7 @@ def plan(
     hasten plan schedule=wsd --curves                  the schedules alone, at once
     hasten plan budget=1000 --with schedule=linear --with schedule=sqrt --out curves.png
     """
-    from hasten.cli.train import split_arguments
+    from hasten.cli.arguments import split_arguments
     from hasten.recipe import resolve
 
     source, settings = split_arguments(arguments or [])

@@ -22,8 +22,8 @@ def prepare(
     hasten prepare data=books/
     hasten prepare data=dump.jsonl.gz data.text_key=body data.vocab_size=8192
     """
+    from hasten.cli.arguments import split_arguments
     from hasten.cli.display import Display, describe_corpus
-    from hasten.cli.train import split_arguments
     from hasten.errors import printable
     from hasten.loop import prepare_for
     from hasten.loop.steps import Event

@@ -55,8 +55,8 @@ def restart(
     hasten restart recipe.toml --seeds 1 --tries 3         one run; a new seed if it does not converge
     """
     from hasten.cli import DIVERGED, DONE, INTERRUPTED, TERMINATED
+    from hasten.cli.arguments import share, split_arguments
     from hasten.cli.display import Display
-    from hasten.cli.train import split_arguments
     from hasten.recipe import resolve
     from hasten.restarts import restart as run
 
@@ -73,7 +73,7 @@ def restart(
                 rungs=rungs,
                 keep=keep,
                 tries=tries,
-                least_gain=_share(least_gain),
+                least_gain=share("--least-gain", least_gain),
                 fixed_horizon=fixed_horizon,
                 out=out,
                 workers=workers,
@@ -89,17 +89,6 @@ def restart(
         return DONE
     pool.finished(result)
     return DONE if result.status == "finished" else DIVERGED
-
-
-def _share(text: str) -> float:
-    """Return the share that ``1%`` or ``0.01`` says."""
-    from hasten.duration import Duration
-    from hasten.errors import RecipeError, printable
-
-    try:
-        return Duration.parse(text).value if text.strip().endswith("%") else float(text)
-    except ValueError:
-        raise RecipeError(f"--least-gain {printable(text)!r} is no share: give one such as 1% or 0.01.") from None
 
 
 class _Pool:

@@ -51,6 +51,7 @@ def train(
     hasten train --branch runs/a --at 2000 budget=400 schedule=linear
     """
     from hasten.cli import DIVERGED, DONE, INTERRUPTED, TERMINATED
+    from hasten.cli.arguments import split_arguments
     from hasten.cli.display import Display
     from hasten.errors import RecipeError
     from hasten.loop import train as run
@@ -107,19 +108,3 @@ def _branched(run: Path, step: int | None, source: str | None, settings: list[st
     if source is not None:
         raise RecipeError(f"--branch takes the recipe of {printable(str(run))}: leave {printable(source)!r} out.")
     return branch_recipe(run, step=step, overrides=settings)
-
-
-def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Split a command line into the recipe it names, if any, and its ``key=value`` settings.
-
-    Raises:
-        RecipeError: two words that are no setting.
-    """
-    from hasten.errors import RecipeError, printable
-
-    sources = [word for word in arguments if "=" not in word]
-    if len(sources) > 1:
-        raise RecipeError(
-            f"{printable(sources[1])!r} is no setting; settings are written KEY=VALUE, and only one recipe is taken."
-        )
-    return (sources[0] if sources else None), [word for word in arguments if "=" in word]

@@ -20,7 +20,9 @@ def between_steps(state: State, folder: RunFolder, timetable: Timetable, tell: T
         return
     timetable.plan_again(state)
     if timetable.evaluation_due(state):
-        timetable.evaluation_took(_evaluate_in_run(state, tell))
+        before = state.phases.get("evaluation", 0.0)
+        evaluate_in_run(state, tell)
+        timetable.evaluation_took(state.phases["evaluation"] - before)
     if state.status == "running" and timetable.checkpoint_due(state):
         timetable.checkpoint_took(save(state, folder, tell))
 
@@ -51,7 +53,8 @@ def save(state: State, folder: RunFolder, tell: Teller) -> float:
     return spent
 
 
-def _evaluate_in_run(state: State, tell: Teller) -> float:
+def evaluate_in_run(state: State, tell: Teller) -> Evaluation:
+    """Evaluate on the tokens that evaluations within the run take, book its time, and tell it."""
     began = time.perf_counter()
     evaluation = validate(state, max_tokens=state.recipe.evaluate.tokens)
     spent = time.perf_counter() - began
@@ -70,4 +73,4 @@ def _evaluate_in_run(state: State, tell: Teller) -> float:
     if target is not None and evaluation.loss <= target:
         state.status = "finished"
         state.reason = f"validation loss {evaluation.loss:.4f} reached target_loss={target:g}"
-    return spent
+    return evaluation

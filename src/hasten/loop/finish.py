@@ -10,7 +10,7 @@ from typing import Any
 from hasten.evaluation import baselines
 from hasten.exports import export
 from hasten.generation import generate
-from hasten.loop.between import save, validate
+from hasten.loop.between import evaluate_in_run, save, validate
 from hasten.loop.memory import peak_bytes
 from hasten.loop.proving import prove, watched_evaluation
 from hasten.loop.state import State, weights_to_evaluate
@@ -102,14 +102,7 @@ def paused(state: State, folder: RunFolder, tell: Teller, reason: str) -> Result
     if state.status == "diverged":
         return finish(state, folder, tell)
     with watched_evaluation(state):
-        evaluation = validate(state, max_tokens=state.recipe.evaluate.tokens)
-    tell(
-        "evaluation",
-        val_loss=evaluation.loss,
-        val_bpb=evaluation.bits_per_byte,
-        tokens=evaluation.tokens,
-        whole=False,
-    )
+        evaluation = evaluate_in_run(state, tell)
     tell("stop", reason=reason)
     state.status, state.reason = "paused", reason
     values = {"val_loss": evaluation.loss, "val_bpb": evaluation.bits_per_byte, "val_tokens": evaluation.tokens}
