@@ -67,6 +67,9 @@ def test_study_is_written_by_hand_in_any_of_its_forms():
         ({"ladder": (0.5, 1.0)}, "below 1"),
         ({"mode": "grid", "arms": tuple(Arm(f"a{i}") for i in range(6))}, "64 combinations"),
         ({"mode": "leave-one-out"}, "at least two"),
+        ({"base": resolve(None, ["data=-"]).recipe}, "read once"),
+        ({"base": resolve(None, ["target_loss=2"]).recipe}, "ends runs early"),
+        ({"base": resolve(None, ["branch_from=runs/a"]).recipe}, "begin afresh"),
     ],
 )
 def test_what_no_study_can_be_is_refused(changes, words):

@@ -94,12 +94,22 @@ class Study:
         if not self.arms:
             raise RecipeError('There is nothing to compare: give --arm NAME:"KEY=VALUE ...", once for every arm.')
         self._check_names()
+        self._check_base()
         if self.mode == "grid" and len(self.arms) > MOST_IN_GRID:
             raise RecipeError(
                 f"A grid of {len(self.arms)} arms has {2 ** len(self.arms)} combinations: give at most {MOST_IN_GRID}."
             )
         if self.mode == "leave-one-out" and len(self.arms) < 2:
             raise RecipeError("leave-one-out needs at least two arms, to leave one of them out.")
+
+    def _check_base(self) -> None:
+        train = self.base.data.train
+        if "-" in ((train,) if isinstance(train, str) else train):
+            raise RecipeError("data=- is read once, and a study reads it for every run: put the text into a file.")
+        if self.base.target_loss is not None:
+            raise RecipeError("target_loss ends runs early, and a study compares whole ones: leave it out.")
+        if self.base.branch_from is not None:
+            raise RecipeError("branch_from begins within another run, and a study's runs begin afresh: leave it out.")
 
     def _check_names(self) -> None:
         names = [arm.name for arm in self.arms]
