@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 from pathlib import Path
 
 import pytest
 
 import hasten
+from hasten.comparison.compare import next_look
 from hasten.comparison.lineup import lineup
 from hasten.comparison.study import Arm, Study, changed, extended, read_arm, read_study, share_of_budget, write_study
 from hasten.duration import Duration
@@ -175,3 +178,13 @@ def test_file_that_is_no_study_is_one_sentence(text, words):
     Path("study.toml").write_text(text, encoding="utf-8")
     with pytest.raises(hasten.RecipeError, match=words):
         read_study(Path("study.toml"))
+
+
+@pytest.mark.parametrize("name", ["compare", "effects", "study"])
+def test_examples_in_docstrings_hold(name):
+    assert doctest.testmod(importlib.import_module(f"hasten.comparison.{name}")).failed == 0
+
+
+@pytest.mark.parametrize(("seeds", "expected"), [(3, 5), (5, 8), (8, 12), (1, 2), (14, 20), (20, 20)])
+def test_looks_come_at_half_as_many_seeds_again(seeds, expected):
+    assert next_look(seeds, 20) == expected

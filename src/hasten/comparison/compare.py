@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hasten.checks import machine_bytes
 from hasten.comparison.conclusions import conclude
 from hasten.comparison.ledger import TUNING_SEED, Ledger, total_seconds
 from hasten.comparison.lineup import Variant, lineup
@@ -16,9 +17,13 @@ from hasten.comparison.runs import Planned, do, write_json
 from hasten.comparison.study import Arm, Study, as_arms, extended, read_study, write_study
 from hasten.errors import RecipeError, RunError, printable
 from hasten.loop import prepare_for
+from hasten.loop.state import pick_device
+from hasten.model import count_parameters
 from hasten.pool import places
 from hasten.recipe import resolve
 from hasten.record import RunFolder
+
+PROCESS_BYTES, RUN_BYTES = 600_000_000, 24
 
 Tell = Callable[..., None]
 
@@ -111,8 +116,12 @@ def run_study(
     if known.is_file():
         study = extended(read_study(known), study, folder)
     who = lineup(study)
+    sizes = []
     for variant in _with_data_of_their_own(who.variants):
-        prepare_for(variant.recipe)  # once, and not by every run at the same time; wrong text leaves no folder behind
+        data = prepare_for(variant.recipe)  # once, and not by every run at the same time; no folder for wrong text
+        sizes.append(count_parameters(variant.recipe.model.build(data.vocab_size, variant.recipe.lengths.seq_len)))
+    if workers is None:
+        room = dataclasses.replace(room, workers=side_by_side(room.workers, max(sizes), _memory(study)))
     with RunFolder(folder).lock():
         if not known.is_file() and any(path.name != ".lock" for path in folder.iterdir()):
             raise RunError(f"{printable(str(folder))} holds something else than a study: give another --out.")
@@ -121,7 +130,25 @@ def run_study(
 
 
 def _with_data_of_their_own(variants: Sequence[Variant]) -> list[Variant]:
-    return list({variant.recipe.data.model_dump_json(): variant for variant in variants}.values())
+    """Return a variant for each text and model that is to be prepared."""
+    return list({repr((v.recipe.data, v.recipe.model, v.recipe.lengths.seq_len)): v for v in variants}.values())
+
+
+def _memory(study: Study) -> int:
+    return machine_bytes(pick_device(study.base.device))
+
+
+def side_by_side(workers: int, params: int, memory_bytes: int) -> int:
+    """Return how many runs of `params` parameters fit into memory side by side: at most `workers`, at least 1.
+
+    Reckoned with 24 bytes a parameter (weights, gradients, two moments, what the update needs) and 0.6 GB a process;
+    `memory_bytes` 0 is not known.
+
+    Example:
+        >>> side_by_side(64, params=10**8, memory_bytes=24 * 10**9), side_by_side(2, params=10**6, memory_bytes=0)
+        (8, 2)
+    """
+    return max(1, min(workers, memory_bytes // (PROCESS_BYTES + RUN_BYTES * params))) if memory_bytes else workers
 
 
 def next_look(seeds: int, most: int) -> int:
