@@ -125,6 +125,24 @@ def test_study_is_extended_by_a_seed_and_an_arm_and_runs_only_those(first, base)
     assert "extended after a look" in about["correction"]
 
 
+def test_seeds_are_added_until_the_interval_is_narrow_or_there_are_no_more(first, base):
+    found, _ = first
+    Path("st").mkdir()
+    shutil.copytree(found.folder / "runs", "st/runs")
+    write_study(study(base, "crawl:lr=0.00001"), Path("st/study.toml"))
+    wide = compare(study(base, "crawl:lr=0.00001", half_width=0.9), out="st", workers=2)
+    about = wide.verdicts["study"]
+    assert (about["looked_at"], about["sequential"], about["level"]) == ([2], True, 0.975)
+    told = []
+    narrow = compare(
+        study(base, "crawl:lr=0.00001", half_width=1e-6, max_seeds=3), out="st", workers=2,
+        tell=lambda kind, **values: told.append(kind),
+    )  # fmt: skip
+    about = narrow.verdicts["study"]
+    assert (about["looked_at"], about["level"]) == ([2, 3], pytest.approx(1 - 0.05 / 6))
+    assert told.count("run") == 2
+
+
 def test_folder_of_something_else_is_left_alone(base):
     Path("mine").mkdir()
     Path("mine/thesis.tex").write_text("x", encoding="utf-8")
