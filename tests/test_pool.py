@@ -82,11 +82,14 @@ def test_leaving_early_asks_the_jobs_to_stop_and_waits_for_them():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_job_outlives_its_owner(number, tmp_path):
-    owner = subprocess.Popen(
-        [sys.executable, "-c", "import sys\nfrom pathlib import Path\nfrom hasten.pool import Job, run_all\n"
-         f"list(run_all([Job('long', (sys.executable, '-c', {WAITING!r}), Path('long.txt'))], workers=1))"],
-        cwd=tmp_path, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    code = f"""
+import signal, sys
+from pathlib import Path
+from hasten.pool import Job, run_all
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run in the background
+list(run_all([Job("long", (sys.executable, "-c", {WAITING!r}), Path("long.txt"))], workers=1))
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
     log = tmp_path / "long.txt"
     until(lambda: log.exists() and "began" in log.read_text(encoding="utf-8"))
     os.kill(owner.pid, number)
