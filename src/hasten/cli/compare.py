@@ -259,7 +259,8 @@ def _effect(effect: Any) -> str:
         return ""
     if effect["mean"] is None:
         return f"not in {effect['censored']}/{effect['n']}"
-    return "same" if effect["method"] == "identical" else _percent(effect["mean"])
+    bound = "at most " if effect["at_most"] else ""
+    return "same" if effect["method"] == "identical" else f"{bound}{_percent(effect['mean'])}"
 
 
 def _time(seconds: float) -> str:

@@ -153,12 +153,11 @@ def _worded(
     # Enough to tell the difference seen from none, or to show that it is below the margin: whichever is easier.
     wanted = telling_half_width(found.mean, margin=math.log1p(margin))
     more = further_seeds(bits.logs, half_width=wanted, level=found.level)
-    how = f"about {more} more" if more else "one more" if more == 0 else "far more"
+    how = f"about {more} more seeds" if more else "one more seed" if more == 0 else "far more seeds"
+    how = "one more seed" if more == 1 else how
     return Judged(
         "unknown",
-        f"Between {_signed(found.low)} and {_signed(found.high)} bits per byte: {how} seeds would tell.".replace(
-            "one more seeds", "one more seed"
-        ),
+        f"Between {_signed(found.low)} and {_signed(found.high)} bits per byte: {how} would tell.",
         p,
         p_raw,
         1 if more == 0 else more,
