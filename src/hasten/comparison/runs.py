@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -18,7 +17,7 @@ from hasten.comparison.study import share_of_budget
 from hasten.errors import HastenError, RunError, printable
 from hasten.pool import Job, Outcome, Places, run_all, train_command
 from hasten.recipe import Recipe, resolve
-from hasten.record import RunFolder, read_result
+from hasten.record import RunFolder, read_result, write_whole
 
 # A run that died is tried once more: a machine may have been out of memory for a moment.
 TRIES = 2
@@ -147,9 +146,7 @@ def _once(runs: Iterable[Planned]) -> list[Planned]:
 def _jobs(runs: Sequence[Planned], places: Places) -> Iterator[Job]:
     for run in runs:
         run.recipe_path.parent.mkdir(parents=True, exist_ok=True)
-        half = run.recipe_path.with_suffix(".tmp")
-        half.write_text(run.recipe.model_copy(update={"out": str(run.folder)}).to_toml(), encoding="utf-8")
-        os.replace(half, run.recipe_path)
+        write_whole(run.recipe_path, run.recipe.model_copy(update={"out": str(run.folder)}).to_toml())
         _wait_until_free(run.folder)
         yield Job(run.name, train_command(run.recipe_path), run.log, threads=places.threads)
 
@@ -204,9 +201,7 @@ def same_text(runs: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all; what is not finite is null."""
-    half = path.with_name(path.name + ".tmp")
-    half.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(half, path)
+    write_whole(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from hasten.duration import Duration
 from hasten.errors import RecipeError, RunError, nearest, printable
 from hasten.recipe import Recipe, resolve
+from hasten.record import write_whole
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -284,9 +284,7 @@ def extended(old: Study, new: Study, where: Path) -> Study:
 
 def write_study(study: Study, path: Path) -> None:
     """Write ``study.toml``, whole or not at all."""
-    half = path.with_name(path.name + ".tmp")
-    half.write_text(study.to_toml(), encoding="utf-8")
-    os.replace(half, path)
+    write_whole(path, study.to_toml())
 
 
 def share_of_budget(budget: Duration, share: float) -> Duration:

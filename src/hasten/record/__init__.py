@@ -9,6 +9,7 @@ from hasten.record.lines import (
     read_metrics,
     read_result,
     write_result,
+    write_whole,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "read_metrics",
     "read_result",
     "write_result",
+    "write_whole",
 ]

@@ -68,12 +68,12 @@ def cut_back(folder: RunFolder, step: int) -> None:
     lines = read_metrics(folder)
     kept = [line for line in lines if line["step"] <= step]
     if len(kept) < len(lines):
-        _replace(path, "".join(map(_line, kept)))
+        write_whole(path, "".join(map(_line, kept)))
 
 
 def write_result(folder: RunFolder, result: Mapping[str, Any]) -> None:
     """Write ``result.json``, whole or not at all."""
-    _replace(folder.result_path, json.dumps(_plain(result), indent=2, allow_nan=False, default=_text) + "\n")
+    write_whole(folder.result_path, json.dumps(_plain(result), indent=2, allow_nan=False, default=_text) + "\n")
 
 
 def read_result(folder: RunFolder) -> dict[str, Any] | None:
@@ -215,7 +215,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all, and force it to the disk.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:

@@ -19,7 +19,7 @@ from typing import Any
 from hasten.duration import Duration
 from hasten.errors import RecipeError, RunError, printable
 from hasten.recipe import Recipe, resolve
-from hasten.record import RunFolder
+from hasten.record import RunFolder, write_whole
 from hasten.restarts.plan import Plan, Pool
 
 FORMAT = 1
@@ -78,7 +78,7 @@ def write_seed(recipe: Recipe, seed: int, horizon: int, book: Book) -> Path:
     path = book.run(seed).recipe_path
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, seed_recipe(recipe, seed, horizon, book).to_toml())
+        write_whole(path, seed_recipe(recipe, seed, horizon, book).to_toml())
     return path
 
 
@@ -147,16 +147,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    _write(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    half = path.with_name(f"{path.name}.tmp")
-    try:
-        half.write_text(text, encoding="utf-8")
-        half.replace(path)
-    except OSError as error:
-        raise RunError(f"Could not write {printable(str(path))}: {error.strerror}; free or repair the disk.") from error
+    write_whole(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def _damaged(path: Path) -> RunError:
