@@ -2,7 +2,8 @@
 
 from hasten.loop.finish import Result
 from hasten.loop.session import prepare_for, train
-from hasten.loop.state import State, capture, restore, start
+from hasten.loop.snapshots import capture, restore
+from hasten.loop.state import State, start
 from hasten.loop.steps import Event, Hook, advance, train_step
 
 __all__ = [

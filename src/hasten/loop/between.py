@@ -8,7 +8,8 @@ import torch
 
 from hasten import checkpoint
 from hasten.evaluation import Evaluation, evaluate_shards
-from hasten.loop.state import State, capture, weights_to_evaluate
+from hasten.loop.snapshots import capture
+from hasten.loop.state import State, weights_to_evaluate
 from hasten.loop.steps import Teller
 from hasten.loop.timetable import Timetable
 from hasten.record import RunFolder

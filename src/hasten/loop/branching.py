@@ -16,7 +16,8 @@ from typing import Any
 
 from hasten import checkpoint
 from hasten.errors import CheckpointError, RecipeError, nearest, printable
-from hasten.loop.state import State, restore
+from hasten.loop.snapshots import restore
+from hasten.loop.state import State
 from hasten.recipe import Recipe, resolve, schema
 from hasten.recipe.recipe import Resolved
 from hasten.recipe.settings import read_mapping, read_overrides

@@ -34,7 +34,8 @@ from hasten.loop.finish import Result, finish, paused, stopped
 from hasten.loop.interrupt import stop_on_signals
 from hasten.loop.pausing import pause_point, pause_step
 from hasten.loop.proving import note_first_weights
-from hasten.loop.state import State, packing_settings, pick_device, restore, start
+from hasten.loop.snapshots import restore
+from hasten.loop.state import State, packing_settings, pick_device, start
 from hasten.loop.steps import Event, Hook, Teller, advance
 from hasten.loop.timetable import Timetable
 from hasten.model import Decoder, count_parameters, read_model

@@ -52,7 +52,8 @@ class Decoder(nn.Module):
             self.to_empty(device="cpu")
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
-        cosine_TD, sine_TD = _rotary_tables(config, config.seq_len)
+        # The length of a model from a file is only claimed: beyond a measure the angles are computed as rows come.
+        cosine_TD, sine_TD = _rotary_tables(config, config.seq_len if seed is not None else min(config.seq_len, 1 << 15))
         self.register_buffer("cosine_TD", cosine_TD, persistent=False)
         self.register_buffer("sine_TD", sine_TD, persistent=False)
         if seed is not None:
@@ -127,7 +128,7 @@ class Decoder(nn.Module):
         return Cache(self.lm_head.weight.new_empty(shape), self.lm_head.weight.new_empty(shape))
 
     def _rotary(self, start: int, stop: int) -> Rotary:
-        if stop <= self.config.seq_len:
+        if stop <= len(self.cosine_TD):
             return Rotary(self.cosine_TD[start:stop], self.sine_TD[start:stop])
         cosine_TD, sine_TD = _rotary_tables(self.config, stop)
         return Rotary(cosine_TD[start:].to(self.cosine_TD), sine_TD[start:].to(self.sine_TD))
@@ -233,7 +234,9 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        # Its own constructor would draw numbers, which without storage costs 2.3 s: it imports torch's compiler.
+        empty_VC = torch.empty(config.vocab_size, config.width)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty_VC, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 

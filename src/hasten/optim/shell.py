@@ -20,6 +20,18 @@ from hasten.optim.sharding import local
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 
 
+def _as_written(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of torch's optimizer without its wrapper, which imports torch's compiler at the first call.
+
+    That import takes 2.3 CPU-seconds of every process, and all that the wrapper does is to keep a compiler out.
+    """
+    return getattr(method, "__wrapped__", method)
+
+
+_add_param_group = _as_written(torch.optim.Optimizer.add_param_group)
+_load_state_dict = _as_written(torch.optim.Optimizer.load_state_dict)
+
+
 class RuledOptimizer(torch.optim.Optimizer):
     """Groups of parameters, each with a rule (``group["rule"]``) and all of its settings in the group.
 
@@ -112,7 +124,7 @@ class RuledOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, inherited.get(key, default))
             check_settings(group, rule)
             self._refuse_parameters(group)
-            super().add_param_group(group)
+            _add_param_group(self, group)
 
     def _for_the_rest(self, rule: Rule, main: Rule) -> dict[str, Any]:
         settings = dict(main.rest_settings) if rule.name == main.rest else {}
@@ -292,7 +304,11 @@ class RuledOptimizer(torch.optim.Optimizer):
             if "trained" in state:
                 local(parameter).copy_(local(state.pop("trained")))
 
+    zero_grad = _as_written(torch.optim.Optimizer.zero_grad)
+
     # --- saving and loading -----------------------------------------------------------------------------------------
+
+    state_dict = _as_written(torch.optim.Optimizer.state_dict)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take state and settings over; tensors are copied and keep their own number format.
@@ -310,7 +326,7 @@ class RuledOptimizer(torch.optim.Optimizer):
                         f"The state to load was saved with {key}={theirs[key]!r}, and this optimizer has "
                         f"{key}={mine[key]!r}; build it as the saved one was."
                     )
-        super().load_state_dict(dict(state_dict))
+        _load_state_dict(self, dict(state_dict))
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         order = [(p, number) for number, group in enumerate(self.param_groups) for p in group["params"]]
         shared: dict[tuple[int, float], Tensor] = {}
