@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-all lint bench clean help
+.PHONY: train test test-all torture lint bench clean help
 
 help:
 	@echo "make train     set up $(VENV) and train on the built-in corpus (about three minutes; ARGS='key=value ...')"
 	@echo "make test      set up $(VENV) and run the tests (minutes)"
 	@echo "make test-all  the tests and the heavy ones"
+	@echo "make torture   the tests of reliability in their large sizes (hours): kills, signals, damage, a long run"
 	@echo "make bench     every benchmark whose figures the docs quote"
 	@echo "make lint      ruff: rules and format"
 
@@ -36,6 +37,10 @@ test: $(VENV)/.ready-dev
 
 test-all: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+torture: $(VENV)/.ready-dev
+	@echo "Tests of reliability in their large sizes; docs/reliability.md says what each does. This takes hours."
+	HASTEN_TORTURE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture -s $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

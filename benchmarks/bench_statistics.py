@@ -21,7 +21,9 @@ Parts:
   with `none` are 1.0.
 - looks: one arm, no stopping: how often the intervals of all 18 looks cover at once; beside it the same studies with
   plain 95 % intervals at every look.
-- bootstrap: BCa through `estimate` at 10, 20, 40 seeds; percentile and BCa by scipy itself at 5.
+- bootstrap: BCa through `estimate` at 10, 20, 40 seeds; percentile and BCa by scipy itself at 5, BCa by scipy too.
+- judged-by-bootstrap: 10 and 20 seeds, one look, as `hasten compare --interval bootstrap` judges; and 12 seeds at the
+  level of a second look, at which a study that was extended is judged. About 30 ms an interval.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -46,8 +49,11 @@ SEED_SPREAD, RUN_SPREAD, MARGIN = 0.02, 0.005, 0.01
 EFFECTS = {"0": 0.0, "-0.5 %": math.log(0.995), "-2 %": math.log(0.98)}
 NOISES = ("normal", "lognormal", "t3", "skewed", "very-skewed")
 ARMS, SEEDS, BOOTSTRAP_SEEDS = (1, 3, 5), (3, 5, 10), (10, 20, 40)
+# Effect, arms, seeds and look.
+JUDGED_BY_BOOTSTRAP = (("0", 1, 10, 1), ("0", 3, 10, 1), ("0", 1, 20, 1), ("0", 1, 12, 2), ("-0.5 %", 1, 10, 1))
 LOOKS = {"every": tuple(range(3, 21)), "sparse": (3, 5, 8, 13, 20)}  # seeds at each look
 NOT_DECIDED = "unknown"
+PARTS = ("fixed", "sequential", "looks", "bootstrap", "judged-by-bootstrap")
 
 Study = list[list[float]]  # of each arm, the difference at each seed
 
@@ -118,12 +124,13 @@ class Tally:
         }
 
 
-def judge_once(study: Study) -> tuple[list[Estimate], list[str]]:
-    """Return the estimates and verdicts of a study with a fixed number of seeds."""
-    level = level_of_look(1, sequential=False)
-    found = [estimate(values, level=level) for values in study]
+def judge_once(study: Study, *, method: str = "t", look: int = 1) -> tuple[list[Estimate], list[str]]:
+    """Return the estimates and verdicts of a study with a fixed number of seeds, or at a later look after that."""
+    level = level_of_look(look, sequential=look > 1)
+    found = [estimate(values, level=level, method=method) for values in study]
     corrected = holm([each.p for each in found])
-    return found, [judge(each, p=p, margin=MARGIN) for each, p in zip(found, corrected, strict=True)]
+    judged = zip(found, corrected, strict=True)
+    return found, [judge(each, p=p, margin=MARGIN, alpha=1 - level) for each, p in judged]
 
 
 def judge_sequentially(study: Study, looks: tuple[int, ...]) -> tuple[list[Estimate], list[str]]:
@@ -176,7 +183,7 @@ def looks_cell(kind: str, count: int) -> dict:
 
 def bootstrap_cell(kind: str, seeds: int, count: int) -> dict:
     """Return the coverage of 95 % intervals of one arm without an effect: BCa, t, and at few seeds the percentiles."""
-    covered = {"bootstrap": 0, "t": 0}
+    covered = {"bootstrap": 0, "t": 0, "plain_bca": 0}
     if seeds < min(BOOTSTRAP_SEEDS):
         covered["percentile"] = 0
     for (values,) in studies_of(kind, 0.0, 1, seeds, count):
@@ -189,12 +196,39 @@ def bootstrap_cell(kind: str, seeds: int, count: int) -> dict:
 
 def interval_of(values: list[float], method: str) -> tuple[float, float]:
     """Return a 95 % interval by the package; by scipy where the package refuses."""
-    if method == "t" or len(values) >= min(BOOTSTRAP_SEEDS):
+    if method == "t" or (method == "bootstrap" and len(values) >= min(BOOTSTRAP_SEEDS)):
         found = estimate(values, method=method)
         return found.low, found.high
-    name = {"bootstrap": "BCa", "percentile": "percentile"}[method]
+    name = {"bootstrap": "BCa", "plain_bca": "BCa", "percentile": "percentile"}[method]
     found = scipy.stats.bootstrap((values,), np.mean, method=name, random_state=np.random.default_rng(0))
     return found.confidence_interval
+
+
+def cells(kind: str, count: int, others: int) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Yield every cell of one noise: its part, and what gives its figures."""
+    for effect in EFFECTS:
+        for arms in ARMS:
+            for seeds in SEEDS:
+                yield "fixed", partial(cell, judge_once, kind, effect, arms, seeds, count)
+            for name, looks in LOOKS.items():
+                judged = partial(judge_sequentially, looks=looks)
+                yield "sequential", partial(sequential_cell, name, judged, kind, effect, arms, looks[-1], count)
+    yield "looks", partial(looks_cell, kind, count)
+    for seeds in (5, *BOOTSTRAP_SEEDS):
+        yield "bootstrap", partial(bootstrap_cell, kind, seeds, others)
+    for effect, arms, seeds, look in JUDGED_BY_BOOTSTRAP:
+        judged = partial(judge_once, method="bootstrap", look=look)
+        yield "judged-by-bootstrap", partial(at_look_cell, look, judged, kind, effect, arms, seeds, others)
+
+
+def sequential_cell(looks: str, *settings: Any) -> dict:
+    """Return the figures of one kind of sequential study."""
+    return {"looks": looks} | cell(*settings)
+
+
+def at_look_cell(look: int, *settings: Any) -> dict:
+    """Return the figures of one kind of study at its first look, or at a later one."""
+    return {"look": look} | cell(*settings)
 
 
 def main() -> None:
@@ -203,10 +237,11 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=10_000)
     parser.add_argument("--other-studies", type=int, default=4_000, help="of other noise, and of the bootstrap")
     parser.add_argument("--noises", nargs="+", choices=NOISES, default=NOISES)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     began = time.process_time()
-    results: dict[str, list[dict]] = {"fixed": [], "sequential": [], "looks": [], "bootstrap": []}
+    results: dict[str, list[dict]] = {name: [] for name in PARTS}
 
     def keep(part: str, found: dict) -> None:
         results[part].append(found)
@@ -214,16 +249,9 @@ def main() -> None:
 
     for kind in options.noises:
         count = options.studies if kind == "normal" else options.other_studies
-        for effect in EFFECTS:
-            for arms in ARMS:
-                for seeds in SEEDS:
-                    keep("fixed", cell(judge_once, kind, effect, arms, seeds, count))
-                for name, looks in LOOKS.items():
-                    judged = partial(judge_sequentially, looks=looks)
-                    keep("sequential", {"looks": name} | cell(judged, kind, effect, arms, looks[-1], count))
-        keep("looks", looks_cell(kind, count))
-        for seeds in (5, *BOOTSTRAP_SEEDS):
-            keep("bootstrap", bootstrap_cell(kind, seeds, options.other_studies))
+        for part, found in cells(kind, count, options.other_studies):
+            if part in options.parts:
+                keep(part, found())
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         about = {

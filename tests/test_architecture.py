@@ -22,10 +22,10 @@ MAX_LINES = 400
 # A room imports only rooms of a lower layer; files of one room may import each other. `errors` is the ground.
 LAYERS = (
     {"errors"},
-    {"cache", "duration", "schedules", "distributed"},
-    {"data", "model", "optim", "clip", "precision"},
+    {"cache", "files", "duration", "schedules", "distributed"},
+    {"data", "model", "optim", "clip", "guard", "precision"},
     {"recipe"},
-    {"checks", "evaluation", "generation", "exports", "checkpoint", "record", "guard", "pacing", "proof"},
+    {"checks", "evaluation", "generation", "exports", "checkpoint", "record", "pacing", "proof"},
     {"loop", "pool", "statistics"},
     {"report", "planning", "comparison", "restarts"},
     {"cli"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from sizes import size
 
 from hasten import checkpoint
 from hasten.errors import CheckpointError, RunError
@@ -51,7 +53,7 @@ def flip(path: Path, position: int, bit: int) -> None:
 def test_one_flipped_bit_anywhere_is_found(tmp_path: Path, name: str) -> None:
     path = save(tmp_path, 1) / name
     chance = random.Random(name)
-    for _ in range(400):
+    for _ in range(100):
         position, bit = chance.randrange(path.stat().st_size), chance.randrange(8)
         flip(path, position, bit)
         assert is_refused(path.parent), (name, position, bit)
@@ -63,12 +65,100 @@ def test_one_flipped_bit_anywhere_is_found(tmp_path: Path, name: str) -> None:
 def test_every_cut_of_a_file_is_found(tmp_path: Path, name: str) -> None:
     path = save(tmp_path, 1) / name
     whole = path.read_bytes()
-    for size in {0, 1, 7, 8, 9, *range(0, len(whole), 13), len(whole) - 1}:
-        path.write_bytes(whole[:size])
-        assert is_refused(path.parent), size
+    for length in {0, 1, 7, 8, 9, *range(0, len(whole), 13), len(whole) - 1}:
+        path.write_bytes(whole[:length])
+        assert is_refused(path.parent), length
     for more in (b"\x00", b"\n", b" " * 5000):
         path.write_bytes(whole + more)
         assert is_refused(path.parent)
+
+
+def falls_back(root: Path) -> bool:
+    """Say whether the damaged step 2 is set aside, named in a line, and the older step 1 used."""
+    loaded, notes = checkpoint.newest(root)
+    bad = root / "step-00000002.bad"
+    is_found = loaded.step == 1 and len(notes) == 1 and notes[0].endswith(f"renamed {bad.name}.") and bad.is_dir()
+    return is_found and notes[0].isprintable()
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    """Return a folder with the checkpoints of steps 1 and 2, and a copy of the second."""
+    root = tmp_path / "checkpoints"
+    save(root, 1)
+    shutil.copytree(save(root, 2), tmp_path / "good")
+    return root, tmp_path / "good"
+
+
+@pytest.mark.torture
+def test_a_thousand_flipped_bits_of_a_thousand_are_found_and_the_older_one_used(two: tuple[Path, Path]) -> None:
+    root, good = two
+    chance = random.Random(5)
+    places = [(name, at, bit) for name in FILES for at in range((good / name).stat().st_size) for bit in range(8)]
+    flips = chance.sample(places, size(1000, len(places)))
+    missed = []
+    for name, position, bit in flips:
+        flip(root / "step-00000002" / name, position, bit)
+        if falls_back(root):
+            (root / "step-00000002.bad").rename(root / "step-00000002")
+        else:
+            missed.append((name, position, bit))
+        flip(root / "step-00000002" / name, position, bit)
+    assert missed == []
+    assert checkpoint.newest(root)[0].step == 2
+
+
+def file_damages(good: Path, other: Path) -> list[tuple[str, Callable[[Path], object]]]:
+    """Return what can become of the files of a checkpoint, other than single bits."""
+    chance = random.Random(6)
+    damages: list[tuple[str, Callable[[Path], object]]] = []
+    content = {name: (good / name).read_bytes() for name in FILES}
+    theirs = {name: (other / name).read_bytes() for name in FILES}
+    for name, data in content.items():
+        sizes = {0, 1, 8, len(data) - 1, *(chance.randrange(len(data)) for _ in range(40))}
+        damages += [(f"{name} cut to {n}", lambda p, a=name, n=n: os.truncate(p / a, n)) for n in sorted(sizes)]
+        damages += [(f"{name} missing", lambda p, a=name: (p / a).unlink())]
+        damages += [(f"{name} zeroed", lambda p, a=name, d=data: (p / a).write_bytes(bytes(len(d))))]
+        damages += [(f"{name} doubled", lambda p, a=name, d=data: (p / a).write_bytes(d + d))]
+        damages += [(f"{name} with a byte more", lambda p, a=name, d=data: (p / a).write_bytes(d + b"\n"))]
+        damages += [(f"{name} with a hole", lambda p, a=name, d=data: (p / a).write_bytes(d[:20] + d[28:]))]
+        damages += [(f"extra copy of {name}", lambda p, a=name, d=data: (p / f"x-{a}").write_bytes(d))]
+        damages += [
+            (f"{name} is {b}", lambda p, a=name, d=content[b]: (p / a).write_bytes(d)) for b in FILES if b != name
+        ]
+        damages += [(f"{name} is {b} of step 1", lambda p, a=name, d=theirs[b]: (p / a).write_bytes(d)) for b in FILES]
+    extra = ("zz.safetensors", "model.safetensors.tmp", "model.pt", "optimizer", "state.json~", "manifest.json.old")
+    damages += [(f"extra {name}", lambda p, a=name: (p / a).write_bytes(b"x")) for name in extra]
+    for one, two in itertools.combinations(FILES, 2):
+        damages.append((f"{one} and {two} swapped", lambda p, a=one, b=two: swap(p / a, p / b)))
+    for number in range(1, len(FILES) + 1):
+        for gone in itertools.combinations(FILES, number):
+            if number > 1:
+                damages.append((f"{gone} missing", lambda p, gone=gone: [(p / name).unlink() for name in gone]))
+    return damages
+
+
+def swap(one: Path, other: Path) -> None:
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+def test_two_hundred_files_cut_missing_extra_or_swapped_are_found_and_the_older_one_used(
+    two: tuple[Path, Path],
+) -> None:
+    root, good = two
+    damages = file_damages(good, root / "step-00000001")
+    assert len({name for name, _ in damages}) == len(damages) >= 200
+    missed = []
+    for name, damage in damages:
+        damage(root / "step-00000002")
+        if not falls_back(root):
+            missed.append(name)
+        shutil.rmtree(root / "step-00000002.bad", ignore_errors=True)
+        shutil.copytree(good, root / "step-00000002", dirs_exist_ok=True)
+    assert missed == []
+    assert checkpoint.newest(root)[0].step == 2
 
 
 def replaced_by(other: Callable[[Path], None]) -> Callable[[Path], None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,7 +18,11 @@ import torch
 
 import hasten
 from hasten.comparison import compare
+from hasten.comparison.conclusions import METHODS
+from hasten.comparison.ledger import Ledger
+from hasten.comparison.lineup import lineup
 from hasten.comparison.study import Study, read_arm, write_study
+from hasten.pool import places
 from hasten.recipe import resolve
 
 
@@ -141,6 +147,58 @@ def test_seeds_are_added_until_the_interval_is_narrow_or_there_are_no_more(first
     about = narrow.verdicts["study"]
     assert (about["looked_at"], about["level"]) == ([2, 3], pytest.approx(1 - 0.05 / 6))
     assert told.count("run") == 2
+
+
+def finished(base, seeds):
+    """Return a study of which every run has ended, its results written without any training."""
+    Path("st").mkdir()
+    given = study([*base, "budget=60s"], "calm:lr=0.003", seeds=seeds)
+    ledger = Ledger(given, Path("st"), lineup(given), places("cpu", 1, 1))
+    for index in range(seeds):
+        for name, bits in (("base", 2.0), ("calm", 1.96)):
+            run = ledger.run(name, index)
+            run.folder.mkdir(parents=True)
+            noise = 0.01 * math.sin(7.0 * index + len(run.name))
+            result = {"status": "finished", "val_bpb": bits + noise, "val_loss": bits, "steps": 20, "tokens": 900}
+            phases = {"train": 60.0 + 0.01 * index, "data": 0.0}
+            (run.folder / "result.json").write_text(json.dumps({**result, "phases": phases, "seconds": 61.0}))
+    write_study(dataclasses.replace(given, seeds=1), Path("st/study.toml"))
+    return given
+
+
+def test_study_is_judged_by_either_interval_and_says_what_both_cost(base):
+    given = finished(base, 10)
+    by_t = compare(given, out="st", workers=1).verdicts
+    by_bootstrap = compare(dataclasses.replace(given, interval="bootstrap"), out="st", workers=1).verdicts
+    (t,), (bootstrap,) = by_t["arms"], by_bootstrap["arms"]
+    assert (by_t["study"]["method"], by_bootstrap["study"]["method"]) == (METHODS["t"], METHODS["bootstrap"])
+    assert by_t["study"]["correction"] == "Holm, 1 comparison"
+    assert by_bootstrap["study"]["judged_by"] == [["t", "bootstrap"]]
+    assert by_bootstrap["study"]["correction"].endswith("error of all looks is at most 10 %")
+    assert by_bootstrap["study"]["level"] == 0.95
+    found = bootstrap["effects"]["bits_per_byte"]
+    assert (found["method"], found["each"]) == ("bootstrap", t["effects"]["bits_per_byte"]["each"])
+    assert found["low"] != t["effects"]["bits_per_byte"]["low"]
+    assert bootstrap["p_raw"] == found["p"]
+    assert (bootstrap["verdict"] == "pays") == (found["high"] < 0)
+
+
+def test_bootstrap_goes_as_far_as_it_is_good_and_t_takes_over(base):
+    given = dataclasses.replace(finished(base, 12), interval="bootstrap")
+    methods, notes = [], []
+    for seeds in (9, 10, 12):
+        found = compare(
+            dataclasses.replace(given, seeds=seeds), out="st", workers=1,
+            tell=lambda kind, **values: notes.append(values["message"]) if kind == "note" else None,
+        )  # fmt: skip
+        about, effect = found.verdicts["study"], found.verdicts["arms"][0]["effects"]["bits_per_byte"]
+        methods.append(effect["method"])
+        assert about["method"].startswith(METHODS[effect["method"]])
+    assert methods == ["t", "bootstrap", "t"]
+    assert about["judged_by"] == [["t"], ["bootstrap"], ["t"]]
+    assert "9 pairs are too few for a bootstrap" in notes[0]
+    assert "this look takes 99.58 %" in notes[1]
+    assert "extended after a look, so" in about["correction"]
 
 
 def test_folder_of_something_else_is_left_alone(base):

@@ -36,7 +36,7 @@ def test_arm_is_read(text, arm):
 
 
 def test_study_comes_back_from_its_file():
-    study = Study(BASE, (MUON, Arm("twin")), seeds=5, ladder=(0.5,), half_width=0.01, spend=60.0)
+    study = Study(BASE, (MUON, Arm("twin")), seeds=5, ladder=(0.5,), half_width=0.01, spend=60.0, interval="bootstrap")
     write_study(study, Path("study.toml"))
     assert read_study(Path("study.toml")) == study
 
@@ -44,12 +44,12 @@ def test_study_comes_back_from_its_file():
 def test_study_is_written_by_hand_in_any_of_its_forms():
     Path("base.toml").write_text("lr = 0.01\nbudget = '100'\n", encoding="utf-8")
     Path("study.toml").write_text(
-        "base = 'base.toml data=my.txt'\nseeds = 2\n[arms]\ncalm = 'lr=0.002'\ntwin = []\n"
+        "base = 'base.toml data=my.txt'\nseeds = 2\ninterval = 'bootstrap'\n[arms]\ncalm = 'lr=0.002'\ntwin = []\n"
         "[arms.muon]\noptimizer = 'muon'\n[arms.nested.optimizer]\nbetas = [0.9, 0.95]\n",
         encoding="utf-8",
     )
     study = read_study(Path("study.toml"))
-    assert (study.base, study.seeds) == (BASE, 2)
+    assert (study.base, study.seeds, study.interval) == (BASE, 2, "bootstrap")
     assert study.arms == (CALM, Arm("twin"), MUON, Arm("nested", ("optimizer.betas=[0.9, 0.95]",)))
 
 
@@ -65,6 +65,7 @@ def test_study_is_written_by_hand_in_any_of_its_forms():
         ({"seeds": 0}, "at least 2"),
         ({"lr_tries": 1}, "at least 2"),
         ({"margin": 0.0}, "margin"),
+        ({"interval": "bootstrp"}, "did you mean 'bootstrap'"),
         ({"half_width": 2.0}, "share"),
         ({"ladder": (0.8, 0.5)}, "rise"),
         ({"ladder": (0.5, 1.0)}, "below 1"),

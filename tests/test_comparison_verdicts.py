@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hasten.comparison.effects import Effect, Rung, next_rung, to_loss_effects, whole_effects
+from hasten.comparison.effects import Effect, Rung, interval_of, next_rung, to_loss_effects, whole_effects
 from hasten.comparison.verdicts import Question, answer, judge_all
 from hasten.statistics import estimate
 
@@ -35,6 +35,32 @@ def test_effects_are_relative_and_paired():
     assert shown["each"] == pytest.approx([-0.1, -0.1])
     assert shown["mean"] == pytest.approx(-0.1)
     assert found["train_seconds"].found.method == "identical"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pairs", "level", "method"),
+    [
+        ("t", 12, 0.95, "t"),
+        ("bootstrap", 9, 0.95, "t"),
+        ("bootstrap", 10, 0.95, "bootstrap"),
+        ("bootstrap", 10, 1 - 0.05 / 6, "bootstrap"),
+        ("bootstrap", 40, 1 - 0.05 / 12, "t"),
+    ],
+)
+def test_interval_is_the_one_wanted_where_it_is_good(wanted, pairs, level, method):
+    found, why = interval_of(wanted, pairs, level=level)
+    assert found == method
+    assert (why == "") == (method == wanted)
+
+
+def test_every_effect_is_estimated_by_the_method_asked_for():
+    arm = [run(1.9 + 0.01 * (7 * seed % 5), seconds=9 + seed % 3) for seed in range(10)]
+    base, rung = [run(2.0, seconds=10.0)] * 10, [Rung(0, 0.5, run(1.95, steps=50, seconds=5.0), True)]
+    for method in ("t", "bootstrap"):
+        found = whole_effects(arm, base, level=0.95, method=method)
+        found |= to_loss_effects(arm, base, [rung] * 5 + [[]] * 5, level=0.95, method=method)
+        for name in ("bits_per_byte", "train_seconds", "seconds_to_loss", "steps_to_loss"):
+            assert found[name].to_json()["method"] == method
 
 
 def test_what_a_run_lacks_is_not_an_effect():

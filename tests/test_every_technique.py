@@ -14,7 +14,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hasten import precision
-from hasten.clip import ClipNorm, ClipReport, ClipValue
+from hasten.clip import AGC, ClipNorm, ClipReport, ClipValue, ZClip
 from hasten.data.batches import Batches, Buffers
 from hasten.data.lengths import BatchSizes, LengthSchedule, WindowSchedule
 from hasten.loop import State, advance, prepare_for, start, steps
@@ -22,7 +22,7 @@ from hasten.loop import state as state_module
 from hasten.loop.compiling import choose_compile
 from hasten.loop.probing import probe
 from hasten.loop.proving import Proof, note_first_weights, prove
-from hasten.loop.steps import Teller
+from hasten.loop.telling import Teller
 from hasten.model import Decoder
 from hasten.model.attention import Causal
 from hasten.optim import OPTIMIZERS, RuledOptimizer, elementwise, modifiers, shell
@@ -115,6 +115,12 @@ BREAKS = {
     "clip": (["clip.max_norm=0.1"], (ClipNorm, "__call__", _unclipped), "clip enabled, acted on 0 of 16 steps"),
     "clip that only says so": (["clip.max_norm=0.1"], (ClipNorm, "__call__", _pretending), "was still above"),
     "clip by value": (["clip=value", "clip.max_value=0.001"], (ClipValue, "__call__", _pretending), "was still above"),
+    "agc": (["clip=agc"], (AGC, "__call__", _pretending), "was still above"),
+    "zclip": (
+        ["clip=zclip", "clip.warmup_steps=4", "clip.threshold=0.5"],
+        (ZClip, "__call__", _unclipped),
+        "clip enabled, acted on 0 of 16 steps",
+    ),
     "schedule": (
         ["schedule=cosine"],
         (CosineChoices, "build", lambda self, **run: hold()),

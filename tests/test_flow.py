@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import traceback
 from pathlib import Path
 
 import pytest
@@ -136,63 +129,6 @@ def test_a_damaged_last_checkpoint_is_trained_again_from_the_older_one(finished:
     assert (again.status, again.already_finished) == ("finished", False)
     assert any(newest.name in message for message in messages)
     assert weights(finished) == before
-
-
-def _train_and_leave(settings: list[str]) -> None:
-    """Train in a forked child, which must never come back into the test runner, whatever happens."""
-    code = 1
-    try:
-        run(settings)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_runs_killed_at_random_moments_resume_bit_identical(
-    finished: Path, settings: list[str], own_folder: Path
-) -> None:
-    expected, rng, kills = weights(finished), random.Random(0), 0
-    for number in range(100):
-        out, longest = own_folder / f"run{number}", 0.6
-        while not (out / "result.json").exists():
-            child = os.fork()
-            if child == 0:
-                _train_and_leave([*settings, f"out={out}"])
-            time.sleep(rng.uniform(0.05, longest))
-            longest *= 1.2  # a slow machine gets to a checkpoint too, in the end
-            os.kill(child, signal.SIGKILL)
-            ending = os.waitpid(child, 0)[1]
-            assert ending in (0, signal.SIGKILL), "a resumed run failed; what it printed is above"
-            kills += ending == signal.SIGKILL
-        assert weights(out) == expected
-        losses = [row["loss"] for row in read_metrics(RunFolder(out))]
-        assert losses == [row["loss"] for row in read_metrics(RunFolder(finished))]
-        if kills >= 20:
-            return
-    pytest.fail(f"only {kills} of 20 kills hit a running process")
-
-
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_saves_and_the_same_command_goes_on(
-    name: str, code: int, finished: Path, settings: list[str], own_folder: Path
-) -> None:
-    out = own_folder / "run"
-    arguments = [sys.executable, "-m", "hasten", "train", *settings, f"out={out}", "budget=4000"]
-    arguments.remove("budget=40")
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 60
-    while not list(out.glob("checkpoints/step-*8")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == code, output
-    assert "the same command goes on" in output
-    saved = max(int(path.name.removeprefix("step-")) for path in out.glob("checkpoints/step-*"))
-    assert read_result(RunFolder(out))["status"] == "stopped"
-    assert read_metrics(RunFolder(out))[-1]["step"] == saved
 
 
 def test_a_changed_recipe_is_refused_with_what_changed(finished: Path, settings: list[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.pacing import WINDOW_SHARE, Pace, steps_that_fit, worth_planning_again
+from hasten.pacing import MOST_SEEN, WINDOW_SHARE, Pace, steps_that_fit, worth_planning_again
 
 
 def observed(budget: float, seconds_of_steps: list[float]) -> Pace:
@@ -50,6 +52,13 @@ def test_a_change_of_speed_is_followed_once_the_window_has_passed():
 def test_a_change_of_speed_counts_for_its_part_of_the_window_until_then():
     pace = observed(1000.0, [0.25] * 400 + [1.0] * 50)
     assert 0.25 < pace.seconds_per_work < 1.0
+
+
+def test_a_million_steps_are_not_kept_and_the_speed_is_that_of_the_window():
+    pace = observed(1_000_000.0, [0.5] * 50_000 + [0.25] * 1_000_000)
+    assert len(pace._seen) <= MOST_SEEN
+    assert pace.seconds_per_work == pytest.approx(0.25, rel=1e-3)
+    assert observed(math.inf, [0.5] * 20_000).seconds_per_work == 0.5
 
 
 def test_steps_longer_than_the_window_are_still_averaged_over_twelve():

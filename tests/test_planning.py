@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hasten.cli import main
 from hasten.errors import RecipeError, RunError
 from hasten.planning import Curve, chart, curves, draw, facts, known_steps
+from hasten.planning.axis import Axis, axis_of
 from hasten.planning.picture import panels_of
 from hasten.recipe import Recipe, resolve
 from hasten.schedules import cosine, linear, warmup
@@ -156,16 +157,60 @@ def test_an_svg_names_recipes_and_quantities_as_text(own_folder):
     path = draw([*three(), *more], own_folder / "a.svg", title="Four & more")
     assert path.read_bytes() == draw([*three(), *more], own_folder / "b.svg", title="Four & more").read_bytes()
     texts = [element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
-    for said in ("cosine", "linear", "sqrt", "<grows>", "learning rate", "row length", "weight decay", "step"):
+    for said in (
+        "cosine",
+        "linear",
+        "sqrt",
+        "<grows>",
+        "learning rate",
+        "row length",
+        "weight decay",
+        "tokens",
+        "500k",
+    ):
         assert said in texts
     assert "Four & more" in texts
     assert "tokens of a step" not in texts, "what no recipe changes is left out"
 
 
-def test_steps_are_the_axis_only_where_all_are_known(own_folder):
+def test_tokens_are_those_of_all_steps_before():
+    rows = "batch.schedule=stages((0, 0.25), (0.5, 1.0))"
+    assert curves(recipe_of("budget=100"))[0].tokens == tuple(2048.0 * step for step in range(101))
+    growing = curves(recipe_of("budget=100", rows))[0].tokens
+    assert [growing[step] for step in (0, 1, 50, 51, 100)] == [0, 512, 50 * 512, 50 * 512 + 2048, 50 * (512 + 2048)]
+    assert curves(recipe_of("budget=50000", rows))[0].tokens[-1] == pytest.approx(25_000 * (512 + 2048), rel=1e-6)
+    assert curves(recipe_of("budget=20Mtok", rows))[0].tokens[-1] == pytest.approx(20e6, rel=1e-3)
+    assert curves(recipe_of("budget=100"), utilisation=0.5)[0].tokens[-1] == 100 * 1024
+    assert curves(recipe_of("budget=60s"))[0].tokens is None
+
+
+def test_larger_steps_and_longer_runs_reach_further_on_the_axis():
+    base, longer = curves(recipe_of("budget=100")), curves(recipe_of("budget=300"))
+    larger, same = curves(recipe_of("budget=100", "batch_tokens=8192")), curves(recipe_of("budget=204800tok"))
+    axis = axis_of([base, longer, larger, same])
+    assert (axis.unit, axis.last) == ("tokens", 100 * 8192)
+    ends = [axis.places(run[0])[-1] / axis.last for run in (base, longer, larger, same)]
+    assert ends == [0.25, 0.75, 1.0, 0.25]
+
+
+def test_the_axis_is_what_is_known_of_every_run(own_folder):
     timed = curves(recipe_of("budget=60s"), label="timed")
+    steps = Curve("learning rate", "", (0.0, 1.0), (1.0, 0.0), total_steps=30)
+    assert axis_of([three(), [steps]]).unit == "steps"
+    assert [axis_of([three(), timed]).places(curve)[-1] for curve in (three()[0], timed[0])] == [100, 100]
     path = draw([*three(), *timed], own_folder / "a.svg")
     assert "% of the run" in path.read_text(encoding="utf-8")
+
+
+@given(st.floats(1, 1e13), st.integers(2, 8), st.sampled_from(["tokens", "steps"]))
+def test_ticks_are_few_whole_round_numbers_up_to_the_end(last, most, unit):
+    axis = Axis(unit, last)
+    ticks = axis.ticks(most)
+    assert 1 <= len(ticks) - 1 <= most
+    assert ticks[0] == 0
+    assert last / 2 <= ticks[-1] <= last * (1 + 1e-9)
+    assert f"{ticks[1]:.0f}".rstrip("0") in ("1", "2", "5")
+    assert len({axis.number(tick) for tick in ticks}) == len(ticks)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a", "png"])
@@ -196,8 +241,31 @@ def test_a_chart_stands_where_the_values_are():
         wanted = (1 - (column + 0.5) / columns) * (len(rows) - 1)
         assert drawn, column
         assert min(abs(row - wanted) for row in drawn) <= 1, column
-    assert "".join(cell.text for cell in labels).split() == ["0", "50", "100", "step"]
+    assert "".join(cell.text for cell in labels).split() == ["0", "20", "40", "60", "80", "100", "steps"]
     assert set("".join(cell.text for cell in axis).strip()) == {"+", "-"}
+
+
+def test_ticks_stand_over_their_labels_and_charts_over_each_other():
+    found = curves(recipe_of("budget=20Mtok", "lengths=steps", "schedule.weight_decay=linear(0.1)"))
+    panels = panels_of(found)
+    charts = [["".join(c.text for c in line) for line in chart(p, panels, width=79, plain=True)] for p in panels]
+    assert len(panels) == 3
+    assert len({tuple(lines[-2:]) for lines in charts}) == 1, "one axis for all"
+    line, labels = charts[0][-2:]
+    for tick, label in zip([at for at, c in enumerate(line) if c == "+"], ("0", "5M", "10M", "15M", "20M tokens")):
+        begin = labels.index(f" {label}") + 1
+        assert begin - 7 <= tick <= begin + len(label)
+    bare = chart(panels[0], panels, width=79, plain=True, is_last=False)
+    assert ["".join(cell.text for cell in row) for row in bare] == charts[0][:-1]
+
+
+def test_values_held_in_steps_are_written_beside_their_lines():
+    (lengths,) = (c for c in curves(recipe_of("budget=100", "lengths=steps")) if c.by_steps and c.name == "row length")
+    for plain in (True, False):
+        *rows, _, _ = lines_of([lengths], height=5, plain=plain)
+        assert [word for row in rows if (word := row.split()[0]).isdigit()] == ["256", "128", "64", "0"]
+    *rows, _, _ = lines_of([lengths], height=3)
+    assert [row.split()[0] for row in rows] == ["256", "128", "64"]
 
 
 def test_a_jump_is_drawn_through_and_its_sides_stay_apart():
@@ -245,7 +313,7 @@ def test_what_never_changes_has_no_panel_but_the_rate():
     ]
 
 
-@pytest.mark.parametrize("name", ["outlook", "picture", "terminal"])
+@pytest.mark.parametrize("name", ["axis", "outlook", "picture", "terminal"])
 def test_the_examples_in_the_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(f"hasten.planning.{name}")).failed == 0
 
@@ -265,14 +333,14 @@ def test_curves_alone_read_no_text(capsys, own_folder: Path):
     assert "2,048,000" in said
     assert "hold() | sqrt(floor=0.01, share=0.2)" in said
     assert "less than one of 1000 steps" in said
-    assert "1,000 step" in said
+    assert "2M tokens" in said
 
 
 def test_the_command_draws_several_recipes(own_folder, capsys):
     arguments = ["plan", "budget=300", "--with", "schedule=linear", "--with", "schedule=sqrt lr=0.001"]
     assert command([*arguments, "--out", "curves.svg"]) == 0
     said = capsys.readouterr().out
-    for label in ("* cosine", "+ linear", "o schedule=sqrt lr=0.001", "300 step", "curves.svg"):
+    for label in ("* cosine", "+ linear", "o schedule=sqrt lr=0.001", "600k tokens", "curves.svg"):
         assert label in said
     assert "schedule=sqrt lr=0.001" in (own_folder / "curves.svg").read_text(encoding="utf-8")
 

@@ -300,6 +300,37 @@ def test_the_command_says_everything_and_ends_with_2_if_the_run_cannot_be(given,
     assert (own_folder / "p.html").exists()
 
 
+def test_the_command_draws_what_changes_over_tokens_and_json_nothing(given, capsys):
+    arguments = ["plan", *given, "budget=400", "lengths=steps", "lengths.start=32", "--quick"]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    said = capsys.readouterr().out
+    drawn = said[said.index("learning rate\n") : said.index("\nmodel")]
+    assert [line for line in drawn.splitlines() if line[:1].isalpha()] == ["learning rate", "row length"]
+    assert drawn.count("200k tokens") == 1
+    assert "\x1b" not in said
+    assert max(map(len, said.splitlines()[:30])) <= 80
+    assert len(drawn.splitlines()) <= 13
+
+
+def test_the_curves_end_at_the_tokens_that_the_plan_counts(given):
+    found = plan(recipe_of(given, "budget=40", "data.packing=pad", "data.separator=def "), measure=False)
+    assert found.tokens < 0.95 * found.positions
+    assert found.curves[0].tokens[-1] == pytest.approx(found.tokens, abs=1)
+
+
+def test_one_of_a_thing_is_in_the_singular(given, validation_file, own_folder):
+    (own_folder / "one.txt").write_text("a single document, without an end " * 40)
+    found = plan(
+        recipe_of(given, "data=one.txt", f"val={validation_file}", "data.separator=@", "budget=1"), measure=False
+    )
+    told = [text for _, lines in sections(found) for _, text in lines]
+    assert any("in 1 document;" in text for text in told)
+    assert any("of 1 document cut" in text for text in told)
+    assert "1 step" in told
+    assert "1 step," in headline(found)
+
+
 @pytest.mark.parametrize(("text", "hour"), [("2.5", "2.50"), ("2.50 EUR", "2.50 EUR"), ("$3", "$3.00"), (".5", "0.50")])
 def test_a_price_keeps_its_currency(text, hour):
     assert Price.parse(text).of(3600) == hour

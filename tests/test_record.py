@@ -210,12 +210,30 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_lines(folder: RunFolder) -
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_really_full_device_is_one_sentence(folder: RunFolder) -> None:
+def test_lines_wait_while_the_disk_is_full_which_is_said_once(folder: RunFolder) -> None:
     folder.metrics_path.symlink_to("/dev/full")
-    record = Record(folder, 1)
+    told: list[str] = []
+    record = Record(folder, 1, on_trouble=told.append)
+    for step in (1, 2, 3):
+        record.metric(step=step, loss=1.0)
+    assert len(told) == 1
+    assert "No space left on device" in told[0]
     with pytest.raises(RunError, match="No space left on device"):
-        record.metric(step=1, loss=1.0)
+        record.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_lines_that_waited_are_written_once_there_is_room(folder: RunFolder) -> None:
+    record = Record(folder, 1)
+    record.metric(step=1, loss=1.0)
+    whole = record._metrics._file
+    with open("/dev/full", "ab", buffering=0) as full:
+        record._metrics._file = full
+        record.metric(step=2, loss=1.0)
+    record._metrics._file = whole
+    record.metric(step=3, loss=1.0)
     record.close()
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
 
 
 def test_the_environment_names_versions_but_no_host_user_or_path() -> None:

@@ -1,9 +1,9 @@
-"""Gradient clipping as values: by global norm, by value, both, or not at all."""
+"""Gradient clipping as values: by global norm, by value, by what is usual, or not at all."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,8 @@ from hasten.errors import RecipeError
 
 # What a norm may be above its limit by and still count as held: rounding, in whatever format the gradients are.
 SLACK = 1.001
+# What a deviation of norms counts as at least, relative to their mean: more than float32 rounds.
+RELATIVE_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,28 @@ class Clip(Protocol):
         """Return whether the gradients are within what the clip allows, to a thousandth: 0-d, on their device."""
         ...
 
+    def state_dict(self) -> dict[str, float]:
+        """Return what the clip remembers of the steps before, for a checkpoint; empty where it remembers nothing."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from what `state_dict` returned."""
+        ...
+
+
+class _Forgetful:
+    """The state of a clip that looks at one step alone: none."""
+
+    def state_dict(self) -> dict[str, float]:
+        """Return nothing: every step is clipped by itself."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take nothing."""
+
 
 @dataclass(frozen=True)
-class NoClip:
+class NoClip(_Forgetful):
     """Leaves gradients as they are and still reports their norm.
 
     Example:
@@ -69,7 +90,7 @@ class NoClip:
 
 
 @dataclass(frozen=True)
-class ClipNorm:
+class ClipNorm(_Forgetful):
     """Scales all gradients by ``min(1, max_norm / norm)``, where norm is over all of them together.
 
     Equal to `torch.nn.utils.clip_grad_norm_`. A norm that is not finite spreads to every gradient: the guard, not the
@@ -109,7 +130,7 @@ class ClipNorm:
 
 
 @dataclass(frozen=True)
-class ClipValue:
+class ClipValue(_Forgetful):
     """Clamps every element of every gradient to [-max_value, max_value].
 
     Equal to `torch.nn.utils.clip_grad_value_`: an infinite element becomes `max_value`, one that is not a number stays.
@@ -152,7 +173,7 @@ class ClipValue:
 
 
 @dataclass(frozen=True)
-class ClipBoth:
+class ClipBoth(_Forgetful):
     """Clamps elements first, then scales what is left to the norm: `ClipValue`, then `ClipNorm`.
 
     Args:
@@ -192,6 +213,169 @@ class ClipBoth:
         return ClipValue(self.max_value).holds(parameters) & ClipNorm(self.max_norm).holds(parameters)
 
 
+@dataclass(frozen=True)
+class AGC(_Forgetful):
+    """Scales the gradient of every unit by ``min(1, clipping * max(|w|, eps) / |g|)``, w being its weights: adaptive.
+
+    A unit is a row of a matrix (all that leads to one output; of an embedding one token), the first index of a tensor
+    of more dimensions, and the whole of a vector. The gradients of other units stay as they are, so the direction of
+    the whole changes. A unit that is not finite stays as it is: the guard, not the clip, judges such a step.
+
+    Source: Brock et al., arXiv:2102.06171, section 4. There the last layer is left out; here the head is clipped too,
+    because a clip is given parameters and not their names.
+
+    Args:
+        clipping: largest norm of a unit's gradient relative to its weights', finite, above 0.
+        eps: what the norm of weights counts as at least, so that weights of zero can move; finite, above 0.
+
+    Raises:
+        RecipeError: out of range.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 5.0]]))
+        >>> weight.grad = torch.tensor([[0.0, 1.0], [0.01, 0.0]])
+        >>> AGC(clipping=0.1, eps=1e-3)([weight]).clipped.item(), weight.grad.tolist()
+        (True, [[0.0, 0.5], [0.009999999776482582, 0.0]])
+    """
+
+    clipping: float
+    eps: float
+
+    def __post_init__(self) -> None:
+        _check("clipping", self.clipping)
+        _check("eps", self.eps)
+
+    def __call__(self, parameters: Sequence[Tensor]) -> ClipReport:
+        norm = torch.nn.utils.get_total_norm(_gradients(parameters))
+        clipped = torch.zeros((), dtype=torch.bool, device=norm.device)
+        for gradient, most in self._limits(parameters):
+            size = _unit_norms(gradient)
+            is_above = (size > most) & size.isfinite()
+            gradient.mul_(torch.where(is_above, most / size, 1.0))
+            clipped = clipped | is_above.any().to(norm.device)
+        return ClipReport(norm, clipped)
+
+    @property
+    def limit(self) -> float:
+        """Infinite: units count, and not the norm of all."""
+        return math.inf
+
+    def holds(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return whether every unit is within its limit, to a thousandth."""
+        within = [(_unit_norms(gradient) <= most * SLACK).all() for gradient, most in self._limits(parameters)]
+        if not within:
+            return torch.ones((), dtype=torch.bool)
+        return torch.stack([held.to(within[0].device) for held in within]).all()
+
+    def _limits(self, parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every gradient, and how long it may be in each unit."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                yield parameter.grad, self.clipping * _unit_norms(parameter.detach()).clamp(min=self.eps)
+
+
+class ZClip:
+    """Scales all gradients down to what is usual where their norm is not: its mean and variance are remembered.
+
+    With mean m and standard deviation s of the norms before, a norm g of ``z = (g - m) / s > threshold`` becomes
+    ``m + s * threshold**2 / z``: the further away it is, the closer it comes to the mean. Then
+    ``m = alpha * m + (1 - alpha) * g`` with the new g, and so the variance, of ``(g - m)**2`` with the new m. The first
+    `warmup_steps` norms are taken as they come, for the first m and s. A norm that is not finite is neither clipped nor
+    remembered: the guard, not the clip, decides what to do with such a step.
+
+    Source: Kumar et al., arXiv:2504.02507, section 3 (reciprocal clipping). Here s counts as a millionth of m more, so
+    that rounding is no spike where all norms are equal; the authors' code adds 1e-6, and clips to a norm of 1 besides.
+
+    Args:
+        threshold: deviations above the mean that are left as they are, finite, above 0.
+        alpha: share of mean and variance that is kept at each step, in (0, 1).
+        warmup_steps: steps before the first that may be clipped, at least 2.
+
+    Raises:
+        RecipeError: out of range.
+
+    Example:
+        >>> clip, weight = ZClip(threshold=2.5, alpha=0.97, warmup_steps=4), torch.nn.Parameter(torch.zeros(1))
+        >>> for norm in (1.0, 1.2, 0.8, 1.0, 100.0):
+        ...     weight.grad = torch.tensor([norm])
+        ...     report = clip([weight])
+        >>> report.clipped.item(), round(weight.grad.item(), 2)
+        (True, 1.0)
+    """
+
+    def __init__(self, threshold: float, alpha: float, warmup_steps: int) -> None:
+        _check("threshold", threshold)
+        if not 0 < alpha < 1:
+            raise RecipeError(f"clip.alpha={alpha} is no share to keep; give a number above 0 and below 1.")
+        if warmup_steps < 2:
+            raise RecipeError(f"clip.warmup_steps={warmup_steps} shows no deviation; give at least 2.")
+        self.threshold, self.alpha, self.warmup_steps = threshold, alpha, warmup_steps
+        self.load_state_dict({"seen": 0.0, "mean": 0.0, "variance": 0.0})
+
+    def __repr__(self) -> str:
+        return f"ZClip(threshold={self.threshold}, alpha={self.alpha}, warmup_steps={self.warmup_steps})"
+
+    def __call__(self, parameters: Sequence[Tensor]) -> ClipReport:
+        gradients = _gradients(parameters)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._move(norm.device)
+        size = norm.float()
+        deviation = self._variance.sqrt() + RELATIVE_EPS * self._mean
+        z = (size - self._mean) / deviation
+        clipped = size.isfinite() & (self._seen >= self.warmup_steps) & (z > self.threshold)
+        usual = torch.where(clipped, self._mean + deviation * self.threshold**2 / z, size)
+        self._allowed = torch.where(clipped, usual, math.inf)
+        scale = torch.where(clipped, usual / size, 1.0)
+        for gradient in gradients:
+            gradient.mul_(scale.to(gradient.device))
+        self._remember(usual)
+        return ClipReport(norm, clipped)
+
+    @property
+    def limit(self) -> float:
+        """Infinite: the limit of a step depends on the steps before, and is on the device."""
+        return math.inf
+
+    def holds(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return whether the norm is at most what the last step was allowed, to a thousandth."""
+        norm = torch.nn.utils.get_total_norm(_gradients(parameters))
+        return norm <= self._allowed.to(norm.device) * SLACK
+
+    def state_dict(self) -> dict[str, float]:
+        """Return how many norms were remembered, their mean and their variance; reading them waits for the device."""
+        return {"seen": float(self._seen), "mean": float(self._mean), "variance": float(self._variance)}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._seen, self._mean, self._variance = (torch.tensor(state[name]) for name in ("seen", "mean", "variance"))
+        self._allowed = torch.tensor(math.inf)
+
+    def _move(self, device: torch.device) -> None:
+        """Bring the state to where the norms are; that waits, once."""
+        if self._mean.device != device:
+            self._seen, self._mean, self._variance = (x.to(device) for x in (self._seen, self._mean, self._variance))
+
+    def _remember(self, size: Tensor) -> None:
+        """Take a norm into mean and variance: into plain ones (Welford's way) in the warm-up, then into moving ones."""
+        is_known = size.isfinite()
+        is_warm = self._seen >= self.warmup_steps
+        seen = self._seen + 1
+        kept = torch.where(is_warm, self.alpha, 1 - 1 / seen)
+        mean = kept * self._mean + (1 - kept) * size
+        warming = self._variance + ((size - self._mean) * (size - mean) - self._variance) / seen
+        moving = self.alpha * self._variance + (1 - self.alpha) * (size - mean) ** 2
+        self._variance = torch.where(is_known, torch.where(is_warm, moving, warming), self._variance)
+        self._mean = torch.where(is_known, mean, self._mean)
+        self._seen = torch.where(is_known, seen, self._seen)
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """Return the norm of every unit, shaped to be multiplied with the tensor."""
+    if tensor.ndim < 2:
+        return torch.linalg.vector_norm(tensor)
+    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True)
+
+
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
@@ -201,4 +385,11 @@ def _check(name: str, value: float) -> None:
         raise RecipeError(f"clip.{name}={value} cannot clip; give a finite number above 0, or clip=none.")
 
 
-CLIPS: dict[str, type] = {"none": NoClip, "norm": ClipNorm, "norm_and_value": ClipBoth, "value": ClipValue}
+CLIPS: dict[str, type] = {
+    "agc": AGC,
+    "none": NoClip,
+    "norm": ClipNorm,
+    "norm_and_value": ClipBoth,
+    "value": ClipValue,
+    "zclip": ZClip,
+}

@@ -3,6 +3,7 @@
 HastenError                 something a person can put right; the command line prints its one sentence
 ├── RecipeError             a setting: unknown, of the wrong type, out of range, contradictory
 ├── DataError               a corpus, a tokenizer or prepared data that cannot be used
+│   └── DamagedData         tokens of a step, and only those: a run may leave the step out
 ├── CheckpointError         no saved state that can be trusted
 └── RunError                a run folder, a device or a disk that cannot be used
 """
@@ -12,11 +13,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 1500
+
 
 class HastenError(Exception):
-    """Says in one sentence what was given, what was expected and what to do."""
+    """Says in one sentence what was given, what was expected and what to do.
+
+    Whatever a file or a setting put into it, it is one line of printable characters of bounded length.
+
+    Example:
+        >>> str(DataError("a\\x1b[31m\\nb holds no text."))
+        'a\\\\x1b[31m\\\\nb holds no text.'
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), LONGEST)
 
 
 class RecipeError(HastenError):
@@ -25,6 +38,20 @@ class RecipeError(HastenError):
 
 class DataError(HastenError):
     """A corpus, a tokenizer or prepared data cannot be used."""
+
+
+class DamagedData(DataError):
+    """Stored tokens are not what was written; what else was prepared is not in doubt.
+
+    Args:
+        message: what is damaged and what to do.
+        file: its name.
+        block: which of its blocks of 1 MiB, counted from 0; None: all of it, missing or of another size.
+    """
+
+    def __init__(self, message: str, *, file: str = "", block: int | None = None) -> None:
+        super().__init__(message)
+        self.file, self.block = file, block
 
 
 class CheckpointError(HastenError):
@@ -59,6 +86,17 @@ def printable(text: str) -> str:
         'red \\x1b[31m'
     """
     return "".join(c if c in "\n\t" or _is_plain(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str, longest: int = 80) -> str:
+    r"""Return `text` for a message: control characters and line ends escaped, cut at `longest` characters.
+
+    Example:
+        >>> one_line("a\nb"), one_line("x" * 100, 8)
+        ('a\\nb', 'xxxxx...')
+    """
+    text = text if len(text) <= longest else text[: longest - 3] + "..."
+    return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def _is_plain(character: str) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hasten.data.corpus import CorpusSpec, Piece, open_corpus
 from hasten.data.tokenizer import Tokenizer, load_tokenizer
-from hasten.errors import DataError
+from hasten.errors import DataError, RunError
 from hasten.model import NO_TARGET, Decoder, loss_sum, read_model
 
 BASELINE_BYTES = 16_000_000  # xz -9 codes about 2 MB a second
@@ -112,7 +112,7 @@ def evaluate(
         text_key, separator: as in a recipe's `data`.
 
     Raises:
-        RunError: the folder holds no model that can be read.
+        RunError: the folder holds no model that can be read, or the tokenizer of another one.
         DataError: the text or the tokenizer cannot be read, or there is nothing to predict.
 
     Example:
@@ -132,6 +132,7 @@ def evaluate_pieces(
 
     Raises:
         DataError: nothing to predict.
+        RunError: the tokenizer gave an id that the model does not have.
     """
     seq_len = seq_len or model.config.seq_len
     source_bytes = 0
@@ -140,9 +141,15 @@ def evaluate_pieces(
         nonlocal source_bytes
         for piece in pieces:
             source_bytes += piece.source_bytes
+            tokens = tokenizer.encode(piece.text).astype(np.int64)
             if piece.starts_document:
-                yield np.array([tokenizer.document_token])
-            yield tokenizer.encode(piece.text).astype(np.int64)
+                tokens = np.insert(tokens, 0, tokenizer.document_token)
+            if tokens.max(initial=0) >= model.config.vocab_size:
+                raise RunError(
+                    f"the tokenizer gave the id {tokens.max()}, and the model has {model.config.vocab_size}; "
+                    "give the tokenizer that it was trained with"
+                )
+            yield tokens
 
     nats, tokens = _predict(model, _rows(chunks(), seq_len), seq_len, tokenizer.document_token, None)
     if tokens == 0 or source_bytes == 0:

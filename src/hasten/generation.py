@@ -65,6 +65,11 @@ def generate(
     if tokenizer is None:
         raise RecipeError("a model without a folder was given; give its tokenizer too")
     context = [tokenizer.document_token, *tokenizer.encode(prompt).tolist()]
+    if max(context) >= model.config.vocab_size:
+        raise RunError(
+            f"the tokenizer gave the id {max(context)}, and the model has {model.config.vocab_size}; "
+            "give the tokenizer that it was trained with"
+        )
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
 
@@ -99,10 +104,11 @@ def probabilities(logits_V: Tensor, *, temperature: float, top_p: float) -> Tens
 def _tokens(model: Decoder, context: list[int], max_tokens: int, draw: Callable[[Tensor], int | None]) -> Iterator[int]:
     """Yield what `draw` makes of the logits after `context`, until it returns None."""
     capacity, device = model.config.seq_len, model.lm_head.weight.device
-    cache, unseen = model.new_cache(), context[-capacity:]
+    room = min(capacity, len(context) + max_tokens)  # a model may claim a length that no memory holds
+    cache, unseen = model.new_cache(capacity=room), context[-capacity:]
     for _ in range(max_tokens):
         if cache.length + len(unseen) > capacity:  # begin anew from the last half row
-            cache, unseen = model.new_cache(), context[-max(1, capacity // 2) :]
+            cache, unseen = model.new_cache(capacity=room), context[-max(1, capacity // 2) :]
         logits_V = model(torch.tensor([unseen], device=device), cache=cache)[0, -1].cpu()
         if not logits_V.isfinite().all():
             raise RunError("the model's logits are not finite; it diverged in training, take an earlier checkpoint")

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 DRIFT_WORTH_A_KNOT = 0.01
 # Speed is read over this share of the budget: long enough to be steady, short enough to follow a machine.
 WINDOW_SHARE = 0.15
+# Observations that are kept: of more every other one is let go, which makes the window's edge a little less exact. A
+# step of milliseconds under a budget of days, or under none, would fill the memory.
+MOST_SEEN = 256
 
 
 @dataclass
@@ -34,6 +37,8 @@ class Pace:
         self._seen.append((work, train_seconds))
         while len(self._seen) > 12 and train_seconds - self._seen[0][1] > WINDOW_SHARE * self.budget:
             self._seen.popleft()
+        if len(self._seen) > MOST_SEEN:
+            self._seen = deque([*self._seen][::-2][::-1])
 
     @property
     def seconds_per_work(self) -> float | None:

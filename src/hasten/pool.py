@@ -17,6 +17,9 @@ from hasten.errors import RecipeError, RunError, printable
 POLL_SECONDS = 0.05
 # A run that is asked to stop finishes its step and writes a checkpoint.
 PATIENCE_SECONDS = 120.0
+# How the command line begins an error, which may have several lines.
+_PREFIX = "hasten: "
+_TAIL_BYTES = 1 << 14
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -100,10 +103,38 @@ def _has_gpu(device: str) -> bool:
     return torch.cuda.is_available()
 
 
-def train_command(recipe: Path, *, until: str | int | None = None) -> tuple[str, ...]:
-    """Return the command that trains, or goes on training, the recipe in a file; it stops with its owner."""
+def train_command(recipe: Path, *, until: str | int | None = None, allow: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return the command that trains, or goes on training, the recipe in a file; it stops with its owner.
+
+    Args:
+        recipe: the file.
+        until: where it pauses, if it does.
+        allow: what may have changed since the run began, such as ``code``.
+    """
     pause = () if until is None else ("--until", str(until))
-    return (sys.executable, "-m", "hasten", "train", str(recipe), "--attached", "--no-report", *pause)
+    allowed = tuple(word for name in allow for word in ("--allow", name))
+    return (sys.executable, "-m", "hasten", "train", str(recipe), "--attached", "--no-report", *pause, *allowed)
+
+
+def last_words(log: Path) -> str:
+    """Return what a job said last, on one line: an error of hasten's whole, else its last line; empty for nothing.
+
+    Example:
+        >>> last_words(Path("no such log"))
+        ''
+    """
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    begin = len(lines) - 2  # an error of several lines: its head, indented lines, what to do
+    while begin > 0 and lines[begin].startswith("  "):
+        begin -= 1
+    is_long = begin >= 0 and lines[begin].startswith(_PREFIX) and lines[begin].endswith(":")
+    said = lines[begin:] if is_long else lines[-1:]
+    return printable(" ".join(line.strip() for line in said).removeprefix(_PREFIX))
 
 
 def run_all(jobs: Iterable[Job], *, workers: int, on_start: Callable[[Job], None] | None = None) -> Iterator[Outcome]:

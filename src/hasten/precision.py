@@ -116,7 +116,12 @@ class Precision:
                 master.grad.add_(parameter.grad)
             parameter.grad = None
 
-    def step(self, optimizer: torch.optim.Optimizer, clip: Callable[[list[Tensor]], Clipped]) -> StepReport:
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        clip: Callable[[list[Tensor]], Clipped],
+        accept: Callable[[Clipped, bool], bool] | None = None,
+    ) -> StepReport:
         """Unscale, clip, update the masters, bring the model up to date, drop the gradients.
 
         With ``fp16`` a gradient that is not finite skips the update: weights and optimizer state stay as they are and
@@ -126,6 +131,8 @@ class Precision:
         Args:
             optimizer: over the masters, as `hasten.optim.optimizer` builds it.
             clip: one of `hasten.clip`; it sees the gradients unscaled.
+            accept: asked before the update, with what the clip saw and whether the gradients overflowed; where it says
+                no, weights and optimizer state stay as they are.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         is_scaled = self._scaler.is_enabled() and any(p.grad is not None for p in parameters)
@@ -134,12 +141,13 @@ class Precision:
             self._scaler.unscale_(optimizer)
         report = clip(parameters)
         is_skipped = is_scaled and self._overflowed(scale)
+        is_accepted = accept is None or accept(report, is_skipped)
         # Not `GradScaler.step`: with a fused optimizer it steps in any case, which gives a fresh one state for nothing.
-        if not is_skipped:
+        if is_accepted and not is_skipped:
             optimizer.step()
             self.sync()
         optimizer.zero_grad(set_to_none=True)
-        return StepReport(report.norm, report.clipped, is_skipped, scale)
+        return StepReport(report.norm, report.clipped, is_skipped or not is_accepted, scale)
 
     def estimate(self, optimizer: Estimating) -> None:
         """Give `optimizer` the gradients of an extra pass, unscaled, and drop them; none that overflowed.

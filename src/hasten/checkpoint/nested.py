@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hasten.errors import CheckpointError, printable
+from hasten.errors import CheckpointError, one_line
 
 _TAGS = ("$tensor", "$tuple", "$dict")
 
@@ -71,11 +71,11 @@ def unpack(tensors: Mapping[str, Tensor], layout: Any) -> Any:
             return {key: put(item) for key, item in value.items()}
         content = value[tag]
         if len(value) != 1 or tag not in _TAGS:
-            raise CheckpointError(f"Packed data has an unknown tag {printable(tag)!r}; use another checkpoint.")
+            raise CheckpointError(f"Packed data has an unknown tag {one_line(tag)!r}; use another checkpoint.")
         if tag == "$tensor":
             if not isinstance(content, str) or content not in tensors:
                 raise CheckpointError(
-                    f"Packed data names tensor {content!r}, which is missing; use another checkpoint."
+                    f"Packed data names tensor {one_line(repr(content))}, which is missing; use another checkpoint."
                 )
             return tensors[content]
         if tag == "$tuple":

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.errors import CheckpointError, RunError, printable
+from hasten import files
+from hasten.errors import CheckpointError, RunError, one_line, printable
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -46,6 +47,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 # 16 MiB hold the names of some 150,000 tensors; a longer header is an attack on memory.
 MAX_HEADER_BYTES = 16 << 20
+MAX_VALUES = 1 << 20
 _MAX_DIMENSION = 1 << 48
 # Errors of reading that say "this file is damaged". Others (too many open files, no permission, no memory) say
 # nothing about the file, and a good checkpoint must not be set aside for them.
@@ -162,18 +164,9 @@ def read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
 def parse_json(data: bytes) -> Any:
     """Return the value of JSON text that may be hostile: broken, nested without end, with a key twice."""
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_object)
-    except RecursionError:
-        raise Damage("is nested too deeply") from None
+        return files.parse_json(data, MAX_VALUES, below=1 << 1024)  # a state may hold any number that Python can
     except ValueError as error:
-        raise Damage(f"is not JSON ({printable(str(error))[:120]})") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key twice")
-    return value
+        raise Damage(f"is not JSON ({one_line(str(error), 120)})") from None
 
 
 def _parse_header(text: bytes, data_bytes: int) -> list[tuple[str, torch.dtype, list[int]]]:

@@ -1,17 +1,19 @@
 """The `hasten` command: its verbs, one file each, and how it ends.
 
-Exit codes: 0 done (or already finished), 2 wrong input, 3 the run diverged, 130 and 143 stopped by SIGINT and SIGTERM
-with everything saved; the same command goes on.
+Exit codes: 0 done (or already finished), 2 wrong input, 3 the run diverged, 130, 143 and 129 stopped by SIGINT, SIGTERM
+and SIGHUP (a closed terminal) with everything saved; the same command goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import sys
 from types import FrameType
 
-DONE, WRONG_INPUT, DIVERGED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
+DONE, WRONG_INPUT, DIVERGED, INTERRUPTED = 0, 2, 3, 130
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,7 +24,13 @@ def main(arguments: list[str] | None = None) -> None:
     from hasten.cli.app import app
     from hasten.errors import HastenError, printable
 
-    signal.signal(signal.SIGTERM, _terminated)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = signal.Signals.__members__.get(name)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that a terminal lacks is no reason to lose a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=arguments, prog_name="hasten")
     except HastenError as error:
@@ -36,9 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _say(sentence: str, code: int) -> int:
-    print(f"hasten: {sentence}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # there may be nobody left to tell
+        print(f"hasten: {sentence}", file=sys.stderr)
     return code
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    sys.exit(TERMINATED)
+    sys.exit(128 + number)

@@ -10,7 +10,7 @@ import typer
 
 from hasten.cli import compare, evaluate, export, generate, plan, prepare, report, restart, runs, train
 
-EPILOG = "Exit codes: 0 done, 2 wrong input, 3 diverged, 130/143 stopped by a signal with everything saved."
+EPILOG = "Exit codes: 0 done, 2 wrong input, 3 diverged, 130/143/129 stopped by a signal with everything saved."
 
 app = typer.Typer(
     name="hasten",

@@ -52,8 +52,16 @@ def compare(
         str | None,
         typer.Option("--margin", help="A difference in bits per byte that makes no difference.", show_default="1%"),
     ] = None,
+    interval: Annotated[
+        str | None,
+        typer.Option("--interval", help="t, or bootstrap (from 10 seeds on).", show_default="t"),
+    ] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Runs side by side.", show_default="cores")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads of a run.", show_default="1")] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option("--allow", metavar="NAME", help="Go on with runs though this changed, e.g. code; repeatable."),
+    ] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Do not write report.html at the end.")] = False,
 ) -> int:
     """Measure which changes of a recipe pay: paired seeds, one budget, an honest interval. The same command goes on.
@@ -61,6 +69,7 @@ def compare(
     \b
     hasten compare data=my.txt budget=60s --arm muon:"optimizer=muon" --arm calm:"lr=0.002" --out studies/first
     hasten compare --out studies/first --seeds 6            more seeds
+    hasten compare --out studies/first --interval bootstrap the same runs, judged by the other interval
     hasten compare data=my.txt budget=5Mtok --arm muon:optimizer=muon --lr-tries 3 --until 0.5%
     hasten compare study.toml --out studies/second          from a file with [base] and [arms]
     """
@@ -81,11 +90,12 @@ def compare(
             "max_seeds": max_seeds,
             "spend": seconds("--spend", spend),
             "margin": share("--margin", margin),
+            "interval": interval,
         },
     )
     display = _Display()
     try:
-        found = run_study(study, folder, workers=workers, threads=threads, tell=display)
+        found = run_study(study, folder, workers=workers, threads=threads, allow=allow or (), tell=display)
     except KeyboardInterrupt:
         display.say(f"stopped; what ran is kept in {folder}, and the same command goes on.")
         return INTERRUPTED
@@ -128,7 +138,9 @@ class _Display:
     def __init__(self) -> None:
         from rich.console import Console
 
-        self._console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+        self._console = Console(
+            highlight=False, soft_wrap=True, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140
+        )
         self._began, self._done, self._runs, self._widest = time.monotonic(), 0, 0, 4
 
     def __call__(self, kind: str, **values: Any) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -18,11 +22,55 @@ from hasten.errors import printable
 PLAIN_EVERY = 10.0
 
 
+class Output:
+    """A stream that a run outlives: once it cannot be written any more, what is printed is lost and nothing else.
+
+    A closed terminal, a pipe that nobody reads, a log on a full disk: the record in the run folder is whole without it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding = stream.encoding
+
+    def write(self, text: str) -> int:
+        """Write `text`, or give the stream up."""
+        return self._try(lambda: self._stream.write(text), len(text))
+
+    def flush(self) -> None:
+        """Pass on what was written, or give the stream up."""
+        self._try(self._stream.flush, None)
+
+    def isatty(self) -> bool:
+        """Say whether a person sits before it."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return its file descriptor."""
+        return self._stream.fileno()
+
+    def _try(self, work: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return work()
+        except OSError:
+            # Python writes what is left in the stream when it ends, and would fail then.
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+            return otherwise
+
+
+def _stdout() -> Output | None:
+    """Return standard output; None where the command was begun with it closed."""
+    return Output(sys.stdout) if sys.stdout is not None else None
+
+
 class Display:
     """A hook that shows a run. Use it as a context manager, so that a live line is always taken down."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        # No markup: the names of files and corpora are shown as they are, brackets, colons and all.
+        self.console = console or Console(file=_stdout(), highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._live: Live | None = None
         self._printed = time.monotonic()
         self._validation = ""
@@ -88,6 +136,22 @@ class Display:
     def _on_plan(self, step: int, values: dict[str, Any]) -> None:
         self.note(f"planned {values['total_steps']:,} steps for the budget")
 
+    def _on_bad_step(self, step: int, values: dict[str, Any]) -> None:
+        if values["action"] == "diverged":  # said at the end
+            return
+        what = "goes on" if values["action"] == "go" else "is left out"
+        self._print(Text(f"! step {step:,} {what}: {printable(values['reason'])}", style="yellow"))
+
+    def _on_rollback(self, step: int, values: dict[str, Any]) -> None:
+        rate = f", at {values['rate_factor']:g} of the learning rate" if values["rate_factor"] != 1 else ""
+        self._print(
+            Text(
+                f"! went back from step {values['failed_at']:,} to step {step:,} and on behind the data read since"
+                f"{rate} (rollback {values['number']}): {printable(values['reason'])}",
+                style="yellow",
+            )
+        )
+
     def _on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         self._validation = f"val {values['val_bpb']:.3f} bpb"
         if not self.console.is_terminal:
@@ -122,13 +186,16 @@ class Display:
 
     def dry(self, recipe: Any) -> None:
         """Print the resolved recipe of a dry run."""
-        self._print(Text(recipe.to_toml().rstrip(), style="dim"))
+        self._print(Text(printable(recipe.to_toml()).rstrip(), style="dim"))
         self._print(Text("dry run: everything checked, nothing trained."))
 
     def stopped(self, result: Any) -> None:
         """Say where a stopped run can go on."""
         self._print(
-            Text(f"stopped by {result.reason}, saved in {printable(str(result.folder))}; the same command goes on.")
+            Text(
+                f"stopped by {printable(result.reason)}, saved in {printable(str(result.folder))}; "
+                "the same command goes on."
+            )
         )
 
     def paused(self, result: Any) -> None:

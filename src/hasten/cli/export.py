@@ -20,10 +20,10 @@ def export(
     hasten export runs/books --to my-model --dtype bf16
     hasten export runs/books --to early --step 1000
     """
-    from hasten import checkpoint
     from hasten.data.tokenizer import load_tokenizer
     from hasten.errors import RunError, printable
     from hasten.exports import export as write
+    from hasten.loop.saved import load, newest
     from hasten.model import ModelConfig
     from hasten.record import RunFolder
 
@@ -31,13 +31,13 @@ def export(
     if not folder.checkpoints.is_dir():
         raise RunError(f"{printable(str(run))} holds no checkpoints; give a run folder.")
     if step is None:
-        loaded, notes = checkpoint.newest(folder.checkpoints)
+        loaded, notes = newest(folder.checkpoints)
         for note in notes:
             typer.echo(f"! {note}")
         if loaded is None:
             raise RunError(f"{printable(str(run))} holds no checkpoint yet.")
     else:
-        loaded = checkpoint.load(folder.checkpoints / f"step-{step:08d}")
+        loaded = load(folder.checkpoints / f"step-{step:08d}")
     config = ModelConfig(**loaded.state["model"])
     weights = loaded.tensors.get(
         "averaged", loaded.tensors["model"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,7 @@ def plan(
     The text is prepared (and kept for the run) and ten real steps are timed, about 20 seconds.
 
     \b
-    hasten plan data=my.txt budget=15min               everything, with real steps timed
+    hasten plan data=my.txt budget=15min               everything, with real steps timed, and curves over tokens
     hasten plan recipe.toml --price "2.50 EUR" --page plan.html
     hasten plan budget=20Mtok --no-measure             without timing anything
     hasten plan schedule=wsd --curves                  the schedules alone, at once
@@ -82,8 +83,8 @@ def _plan(resolved: Any, no_measure: bool, price: str | None, page: Path | None,
     from hasten.planning.page import write_page
     from hasten.planning.plans import plan_of
 
-    console = Console(highlight=False, soft_wrap=True)
-    aside = Console(stderr=True, highlight=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    aside = Console(stderr=True, highlight=False, markup=False, emoji=False)
     with aside.status("preparing") as status:
 
         def tell(progress: Any) -> None:
@@ -106,7 +107,6 @@ def _plan(resolved: Any, no_measure: bool, price: str | None, page: Path | None,
 
 
 def _print_plan(console: Any, found: Any) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from hasten.errors import printable
@@ -116,15 +116,11 @@ def _print_plan(console: Any, found: Any) -> None:
         console.print(Text(f"  {printable(note)}", style="dim"))
     console.print(Text(headline(found), style="bold"))
     for title, lines in sections(found):
-        if not lines:
-            continue
-        console.print(Text(f"\n{title}", style="bold"))
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in lines:
-            table.add_row(Text(f"  {printable(name)}"), Text(printable(value)))
-        console.print(table)
+        if lines:
+            console.print(Text(f"\n{title}", style="bold"))
+            _print_lines(console, [(f"  {name}", value) for name, value in lines])
+        if title == "run" and found.curves:
+            _print_curves(console, found.curves, is_compact=True)
     if found.answers:
         console.print(Text("\nworth it here?", style="bold"))
     for answer in found.answers:
@@ -135,6 +131,21 @@ def _print_plan(console: Any, found: Any) -> None:
         style = "bold red" if finding.level == "error" else "yellow"
         mark = "x" if finding.level == "error" else "!"
         console.print(Text(f"{mark} {printable(finding.message)}", style=style))
+
+
+def _print_lines(console: Any, lines: list[tuple[str, str]]) -> None:
+    """Print names and what there is to say of them, in two columns."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from hasten.errors import printable
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines:
+        table.add_row(Text(printable(name)), Text(printable(value)))
+    console.print(table)
 
 
 def _draw(resolved: Any, out: Path | None, others: list[str]) -> int:
@@ -149,7 +160,7 @@ def _draw(resolved: Any, out: Path | None, others: list[str]) -> int:
     recipes += [_changed(resolved.recipe, text) for text in others]
     found = [curve for label, recipe in recipes for curve in curves_of(recipe, label=label)]
     picture = None if out is None else draw(found, out)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for note in resolved.notes:
         console.print(f"  {printable(note)}", style="dim", markup=False)
     _print_facts(console, resolved.recipe)
@@ -175,25 +186,24 @@ def _changed(recipe: Any, text: str) -> tuple[str, Any]:
 
 
 def _print_facts(console: Any, recipe: Any) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from hasten.errors import printable
     from hasten.planning import facts
 
     said, doubts = facts(recipe)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in said:
-        table.add_row(Text(name), Text(printable(value)))
-    console.print(table)
+    _print_lines(console, said)
     for doubt in doubts:
         console.print(Text(f"! {printable(doubt)}", style="yellow"))
 
 
-def _print_curves(console: Any, found: list[Any]) -> None:
-    """Print a chart for every quantity that changes: braille in colour, letters where either cannot be shown."""
+def _print_curves(console: Any, found: Sequence[Any], *, is_compact: bool = False) -> None:
+    """Print a chart for every quantity that changes: braille in colour, letters where either cannot be shown.
+
+    Args:
+        found: the curves.
+        is_compact: low charts over one axis, with its labels below the last of them.
+    """
     from rich.text import Text
 
     from hasten.errors import printable
@@ -204,8 +214,10 @@ def _print_curves(console: Any, found: list[Any]) -> None:
     panels = panels_of(found)
     has_colour = console.is_terminal and console.color_system is not None
     plain = not console.encoding.lower().startswith("utf") or (len(panels[0]) > 1 and not has_colour)
+    tall, low = (5, 3) if is_compact else (11, 5)
     for number, panel in enumerate(panels):
-        console.print()
+        if not is_compact or number == 0:
+            console.print()
         heading = Text(panel[0].name, style="bold")
         for place, curve in enumerate(panel):
             if len(panel) > 1:
@@ -213,7 +225,9 @@ def _print_curves(console: Any, found: list[Any]) -> None:
                 heading.append(f"   {mark} {printable(curve.label)}", style=f"not bold {PALETTE[place % len(PALETTE)]}")
         console.print(heading)
         width = min(console.width if console.is_terminal else 80, 100) - 1
-        for line in chart(panel, panels, width=width, height=11 if number == 0 else 5, plain=plain):
+        is_last = not is_compact or number == len(panels) - 1
+        height = tall if number == 0 else low
+        for line in chart(panel, panels, width=width, height=height, plain=plain, is_last=is_last):
             text = Text()
             for cell in line:
                 text.append(cell.text, style=None if cell.curve is None else PALETTE[cell.curve % len(PALETTE)])

@@ -26,7 +26,7 @@ def prepare(
     from hasten.cli.display import Display, describe_corpus
     from hasten.errors import printable
     from hasten.loop import prepare_for
-    from hasten.loop.steps import Event
+    from hasten.loop.telling import Event
     from hasten.recipe import resolve
 
     resolved = resolve(*split_arguments(arguments))

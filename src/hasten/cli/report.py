@@ -26,7 +26,8 @@ def report(
     hasten report runs/a runs/b --out compared.html
     hasten report studies/muon
     """
+    from hasten.errors import printable
     from hasten.report import write_report
 
-    typer.echo(write_report(runs, out))
+    typer.echo(printable(str(write_report(runs, out))))
     return 0

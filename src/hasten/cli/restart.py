@@ -42,6 +42,10 @@ def restart(
         int | None, typer.Option("--workers", help="Runs side by side.", show_default="one a core")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads of each run.", show_default="1")] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option("--allow", metavar="NAME", help="Go on with runs though this changed, e.g. code; repeatable."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Prepare, check, print the plan; train nothing.")] = False,
 ) -> int:
     """Train a pool of seeds for a short while, judge them on held-out text, and let the best go on.
@@ -54,7 +58,7 @@ def restart(
     hasten restart recipe.toml --seeds 8 --rungs 5%,10%,25% --keep 4,2,1 --out pool
     hasten restart recipe.toml --seeds 1 --tries 3         one run; a new seed if it does not converge
     """
-    from hasten.cli import DIVERGED, DONE, INTERRUPTED, TERMINATED
+    from hasten.cli import DIVERGED, DONE, INTERRUPTED
     from hasten.cli.arguments import share, split_arguments
     from hasten.cli.display import Display
     from hasten.recipe import resolve
@@ -78,12 +82,13 @@ def restart(
                 out=out,
                 workers=workers,
                 threads=threads,
+                allow=allow or (),
                 dry_run=dry_run,
                 hooks=[pool],
             )
         except (KeyboardInterrupt, SystemExit) as stop:
             pool.say("stopped, everything saved; the same command goes on.")
-            return INTERRUPTED if type(stop) is KeyboardInterrupt else TERMINATED
+            return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     if result.status == "planned":
         pool.say("dry run: everything checked, nothing trained.")
         return DONE

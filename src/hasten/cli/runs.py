@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +30,7 @@ def runs(
     hasten runs --remove NAME          delete a run
     """
     from hasten.cli.display import size
+    from hasten.errors import printable
 
     found = find_runs(folder)
     if remove or prune:
@@ -37,11 +40,14 @@ def runs(
             typer.echo("Nothing to delete.")
             return 0
         for path in doomed:
-            typer.echo(f"{path}  {size(folder_bytes(path))}")
+            typer.echo(f"{printable(str(path))}  {size(folder_bytes(path))}")
         if not yes and not typer.confirm(f"Delete these, {size(freed)} in all?"):
             return 0
         for path in doomed:
-            shutil.rmtree(path)
+            if path.is_symlink():  # the link goes, and not what somebody else keeps elsewhere
+                path.unlink()
+            else:
+                shutil.rmtree(path)
         typer.echo(f"Deleted; {size(freed)} freed.")
         return 0
     _print_table(folder, found)
@@ -88,9 +94,19 @@ def _finished_checkpoints(found: list[Path]) -> list[Path]:
 
 
 def _result(path: Path) -> dict[str, Any]:
+    from hasten.errors import RunError
     from hasten.record import RunFolder, read_result
 
-    return read_result(RunFolder(path)) or {"status": "unfinished"}
+    try:
+        return read_result(RunFolder(path)) or {"status": "unfinished"}
+    except RunError:  # the others are listed all the same
+        return {"status": "damaged"}
+
+
+def _told(result: dict[str, Any], key: str, say: Callable[[float], str]) -> str:
+    """Return a number of a result as text; nothing where there is none, whoever wrote the file."""
+    value = result.get(key)
+    return say(value) if type(value) in (int, float) and math.isfinite(value) else ""
 
 
 def _print_table(folder: Path, found: list[Path]) -> None:
@@ -98,9 +114,9 @@ def _print_table(folder: Path, found: list[Path]) -> None:
     from rich.table import Table
 
     from hasten.cli.display import count, duration, size
-    from hasten.errors import printable
+    from hasten.errors import one_line, printable
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not found:
         console.print(f"No runs in {printable(str(folder))}.", markup=False)
         return
@@ -111,14 +127,13 @@ def _print_table(folder: Path, found: list[Path]) -> None:
         table.add_column(heading, justify="right")
     for path in found:
         result = _result(path)
-        bits = result.get("val_bpb")
         table.add_row(
-            printable(path.name),
-            str(result["status"]),
-            f"{bits:.3f}" if isinstance(bits, float) else "",
-            f"{result['steps']:,}" if "steps" in result else "",
-            count(result["tokens"]) if "tokens" in result else "",
-            duration(result["seconds"]) if "seconds" in result else "",
+            one_line(path.name, 255),
+            one_line(str(result.get("status", "unknown")), 20),
+            _told(result, "val_bpb", "{:.3f}".format),
+            _told(result, "steps", "{:,}".format),
+            _told(result, "tokens", count),
+            _told(result, "seconds", duration),
             size(folder_bytes(path)),
         )
     console.print(table)

@@ -35,6 +35,15 @@ def train(
         str | None,
         typer.Option("--until", metavar="STEP|SHARE", help="Pause there, evaluated and saved; e.g. 500 or 25%."),
     ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow",
+            metavar="NAME",
+            help="Go on although this changed: a key of the recipe, corpus, tokenizer, code, torch, device; "
+            "crash-loop: try again what keeps dying. Repeatable.",
+        ),
+    ] = None,
     attached: Annotated[
         bool, typer.Option("--attached", hidden=True, help="Save and stop when standard input closes.")
     ] = False,
@@ -48,9 +57,10 @@ def train(
     hasten train data=books/ val=test.txt model=micro lr=2e-3 out=runs/books
     hasten train recipe.toml seed=1                    a recipe, with one thing changed
     hasten train --branch runs/a                       a usable model from a run at a constant rate
+    hasten train recipe.toml lr=1e-3 --allow lr        go on with a run, at another rate from here on
     hasten train --branch runs/a --at 2000 budget=400 schedule=linear
     """
-    from hasten.cli import DIVERGED, DONE, INTERRUPTED, TERMINATED
+    from hasten.cli import DIVERGED, DONE
     from hasten.cli.arguments import split_arguments
     from hasten.cli.display import Display
     from hasten.errors import RecipeError
@@ -67,7 +77,7 @@ def train(
     with Display() as display:
         for note in resolved.notes:
             display.note(note)
-        result = run(resolved.recipe, hooks=[display], dry_run=dry_run, until=until, command=command)
+        result = run(resolved.recipe, hooks=[display], dry_run=dry_run, until=until, command=command, allow=allow or ())
     if result.status == "dry":
         display.dry(resolved.recipe)
         return DONE
@@ -76,7 +86,7 @@ def train(
         return DONE
     if result.status == "stopped":
         display.stopped(result)
-        return TERMINATED if result.reason == "SIGTERM" else INTERRUPTED
+        return 128 + signal.Signals[result.reason].value  # 130, 143, 129
     page = None
     if not no_report:
         from hasten.report import write_report

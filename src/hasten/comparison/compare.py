@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hasten.checks import machine_bytes
-from hasten.comparison.conclusions import conclude
+from hasten.comparison.conclusions import conclude, level_of
+from hasten.comparison.effects import interval_of
 from hasten.comparison.ledger import TUNING_SEED, Ledger, total_seconds
 from hasten.comparison.lineup import Variant, lineup
 from hasten.comparison.runs import Planned, do, write_json
 from hasten.comparison.study import Arm, Study, as_arms, extended, read_study, write_study
 from hasten.errors import RecipeError, RunError, printable
+from hasten.files import parse_json, read_bytes
 from hasten.loop import prepare_for
 from hasten.loop.state import pick_device
 from hasten.model import count_parameters
@@ -56,6 +57,7 @@ def compare(
     out: str | Path | None = None,
     workers: int | None = None,
     threads: int | None = None,
+    allow: Sequence[str] = (),
     tell: Tell = lambda kind, **values: None,
     **settings: Any,
 ) -> Comparison:
@@ -71,6 +73,7 @@ def compare(
         out: the folder; ``studies/<base>`` when it is not given.
         workers: runs side by side; as many as there are cores when it is not given (one on a GPU).
         threads: CPU threads of each.
+        allow: what may have changed since a run of the study began, as `hasten.train` takes it (``code``).
         tell: called with a kind (``plan``, ``run``, ``look``, ``note``) and what there is to know.
         **settings: those of `Study` (``seeds``, ``mode``, ``ladder``, ``lr_tries``, ``half_width`` ...), and recipe
             keys of the base.
@@ -83,7 +86,7 @@ def compare(
     """
     given = asked(study, as_arms(arms), settings)
     folder = Path(out) if out is not None else Path("studies") / given.base.default_run_name()
-    return run_study(given, folder, workers=workers, threads=threads, tell=tell)
+    return run_study(given, folder, workers=workers, threads=threads, allow=allow, tell=tell)
 
 
 def asked(source: Study | str | Path | None, arms: tuple[Arm, ...], settings: Mapping[str, Any]) -> Study:
@@ -103,12 +106,18 @@ def is_study_file(source: object) -> bool:
     path = Path(str(source)) if source is not None else Path()
     if path.suffix != ".toml" or not path.is_file():
         return False
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_bytes(path).decode(errors="replace")
     return any(line.strip().startswith("[arms") for line in text.splitlines())
 
 
 def run_study(
-    study: Study, folder: Path, *, workers: int | None = None, threads: int | None = None, tell: Tell
+    study: Study,
+    folder: Path,
+    *,
+    workers: int | None = None,
+    threads: int | None = None,
+    allow: Sequence[str] = (),
+    tell: Tell,
 ) -> Comparison:
     """Run `study` in `folder`, or go on with what is there; return its verdicts."""
     room = places(study.base.device, workers, threads or study.base.threads)
@@ -126,7 +135,7 @@ def run_study(
         if not known.is_file() and any(path.name != ".lock" for path in folder.iterdir()):
             raise RunError(f"{printable(str(folder))} holds something else than a study: give another --out.")
         write_study(study, known)
-        return _Conduct(Ledger(study, folder, who, room), tell).conduct()
+        return _Conduct(Ledger(study, folder, who, room), tell, tuple(allow)).conduct()
 
 
 def _with_data_of_their_own(variants: Sequence[Variant]) -> list[Variant]:
@@ -162,7 +171,9 @@ class _Conduct:
 
     ledger: Ledger
     tell: Tell
+    allow: tuple[str, ...] = ()
     looks: list[int] = field(default_factory=list)
+    judged_by: list[list[str]] = field(default_factory=list)
     seconds: float = 0.0
     tuning: dict[str, Any] | None = None
 
@@ -171,6 +182,7 @@ class _Conduct:
         study = self.ledger.study
         before = _noted(self.ledger.folder)
         self.looks, self.seconds = before.get("looked_at", []), before.get("pool_seconds", 0.0)
+        self.judged_by = before.get("judged_by") or [["t"] for _ in self.looks]
         self._say_plan()
         self._tune(before.get("tuning"))
         seeds = study.seeds if study.half_width is None else max([study.seeds, *self.looks])
@@ -178,14 +190,31 @@ class _Conduct:
             self._do(self.ledger.interleaved(seeds), seeds)
             while due := self.ledger.rungs_due(seeds):
                 self._do(due, seeds)
-            if not self.looks or self.looks[-1] != seeds:
-                self.looks.append(seeds)
+            self._look(seeds)
             verdicts = self._write(seeds)
             self.tell("look", seeds=seeds, verdicts=verdicts)
             further = next_look(seeds, study.max_seeds)
             if self._is_enough(verdicts) or further <= seeds:
                 return Comparison(self.ledger.folder, verdicts)
             seeds = further
+
+    def _look(self, seeds: int) -> None:
+        """Note that verdicts are given at `seeds`, and by which interval; both at the same look cost error."""
+        if self._is_new(seeds):
+            self.looks.append(seeds)
+            self.judged_by.append([])
+        method, _ = self._interval(seeds)
+        if method not in self.judged_by[-1]:
+            self.judged_by[-1].append(method)
+
+    def _is_new(self, seeds: int) -> bool:
+        return not self.looks or self.looks[-1] != seeds
+
+    def _interval(self, seeds: int) -> tuple[str, str]:
+        """Return the method of the intervals at a look after `seeds`, and why it is not the one asked for."""
+        study = self.ledger.study
+        looks = [*self.looks, seeds] if self._is_new(seeds) else self.looks
+        return interval_of(study.interval, seeds, level=level_of(study, looks))
 
     def _do(self, planned: Sequence[Planned], seeds: int) -> None:
         """Run what is missing; whatever happens, what is there is written down."""
@@ -198,12 +227,14 @@ class _Conduct:
 
         try:
             self._write(seeds)
-            self.seconds += do(planned, self.ledger.room, note)
+            self.seconds += do(planned, self.ledger.room, note, self.allow)
         finally:
             self._write(seeds)
 
     def _write(self, seeds: int) -> dict[str, Any]:
-        content = conclude(self.ledger, seeds, self.looks, tuning=self.tuning, pool_seconds=self.seconds)
+        content = conclude(
+            self.ledger, seeds, self.looks, judged_by=self.judged_by, tuning=self.tuning, pool_seconds=self.seconds
+        )
         write_json(self.ledger.folder / "verdicts.json", content)
         return content
 
@@ -275,11 +306,14 @@ class _Conduct:
             folder=self.ledger.folder,
             ladder=self.ledger.study.ladder,
         )
+        _, why = self._interval(seeds)
+        if why:
+            self.tell("note", message=f"interval=bootstrap: {why}; the t interval is given.")
 
 
 def _noted(folder: Path) -> dict[str, Any]:
     """Return what an earlier attempt at the study wrote down of it; empty where it did not."""
     try:
-        return json.loads((folder / "verdicts.json").read_text(encoding="utf-8"))["study"]
+        return parse_json(read_bytes(folder / "verdicts.json"))["study"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}

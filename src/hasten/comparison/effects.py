@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.statistics import Estimate, estimate, relative
+from hasten.statistics import BOOTSTRAP_FROM, BOOTSTRAP_LEVEL, Estimate, estimate, relative
 
 # What is measured over whole runs, and where in the description of a run it stands.
 WHOLE = {"bits_per_byte": "val_bpb", "train_seconds": "train_seconds", "memory": "memory_bytes"}
@@ -59,26 +59,50 @@ class Effect:
         }
 
 
-def whole_effects(arm: Sequence[Run], against: Sequence[Run], *, level: float) -> dict[str, Effect | None]:
+def interval_of(wanted: str, n: int, *, level: float) -> tuple[str, str]:
+    """Return the method that gives the interval of `n` values, and why it is not the one that was wanted; else "".
+
+    Args:
+        wanted: ``t`` or ``bootstrap``; in place of a bootstrap of too few values or at too high a level comes t.
+        n: number of values.
+        level: of the interval.
+
+    Example:
+        >>> interval_of("bootstrap", 12, level=0.95), interval_of("bootstrap", 9, level=0.95)
+        (('bootstrap', ''), ('t', '9 pairs are too few for a bootstrap, which takes 10'))
+    """
+    if wanted == "t":
+        return "t", ""
+    if n < BOOTSTRAP_FROM:
+        return "t", f"{n} {'pair is' if n == 1 else 'pairs are'} too few for a bootstrap, which takes {BOOTSTRAP_FROM}"
+    if level > BOOTSTRAP_LEVEL:
+        return "t", f"this look takes {100 * level:.4g} %, and a bootstrap is good up to {100 * BOOTSTRAP_LEVEL:g} %"
+    return "bootstrap", ""
+
+
+def whole_effects(
+    arm: Sequence[Run], against: Sequence[Run], *, level: float, method: str = "t"
+) -> dict[str, Effect | None]:
     """Return the effects over whole runs, paired by place; None for one that was not measured in every run.
 
     Args:
         arm, against: descriptions of finished runs, seed by seed.
         level: of the intervals.
+        method: of the intervals, ``t`` or ``bootstrap``.
     """
-    return {name: _effect(arm, against, key, level) for name, key in WHOLE.items()}
+    return {name: _effect(arm, against, key, level, method) for name, key in WHOLE.items()}
 
 
-def _effect(arm: Sequence[Run], against: Sequence[Run], key: str, level: float) -> Effect | None:
+def _effect(arm: Sequence[Run], against: Sequence[Run], key: str, level: float, method: str) -> Effect | None:
     values = [(mine.get(key), other.get(key)) for mine, other in zip(arm, against, strict=True)]
     if not values or any(not mine or not other for mine, other in values):
         return None
     logs = tuple(math.log(mine / other) for mine, other in values)
-    return Effect(logs, estimate(logs, level=level))
+    return Effect(logs, estimate(logs, level=level, method=method))
 
 
 def to_loss_effects(
-    arm: Sequence[Run], against: Sequence[Run], rungs: Sequence[Sequence[Rung]], *, level: float
+    arm: Sequence[Run], against: Sequence[Run], rungs: Sequence[Sequence[Rung]], *, level: float, method: str = "t"
 ) -> dict[str, Effect]:
     """Return how much earlier the arm gets to the other's final bits per byte, in seconds, steps and tokens.
 
@@ -90,6 +114,7 @@ def to_loss_effects(
         arm, against: descriptions of finished runs, seed by seed.
         rungs: of the arm, seed by seed: what was run on shorter horizons.
         level: of the intervals.
+        method: of the intervals, ``t`` or ``bootstrap``.
     """
     at_most = sum(
         bool(ladder) and mine["val_bpb"] <= other["val_bpb"] and not _before(mine, ladder, "steps")
@@ -102,7 +127,8 @@ def to_loss_effects(
             for mine, other, ladder in zip(arm, against, rungs, strict=True)
         )
         known = [value for value in logs if value is not None]
-        found[name] = Effect(logs, estimate(known, level=level) if len(known) == len(logs) else None, at_most)
+        is_whole = len(known) == len(logs)
+        found[name] = Effect(logs, estimate(known, level=level, method=method) if is_whole else None, at_most)
     return found
 
 

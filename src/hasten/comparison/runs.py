@@ -15,7 +15,7 @@ from typing import Any
 from hasten.comparison.lineup import Variant
 from hasten.comparison.study import share_of_budget
 from hasten.errors import HastenError, RunError, printable
-from hasten.pool import Job, Outcome, Places, run_all, train_command
+from hasten.pool import Job, Outcome, Places, last_words, run_all, train_command
 from hasten.recipe import Recipe, resolve
 from hasten.record import RunFolder, read_result, write_whole
 
@@ -112,8 +112,10 @@ def described(run: Planned, result: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def do(runs: Sequence[Planned], places: Places, tell: Tell) -> float:
+def do(runs: Sequence[Planned], places: Places, tell: Tell, allow: Sequence[str] = ()) -> float:
     """Do the runs that have not ended, side by side, in their order; return the seconds that they ran.
+
+    Those that were begun go on though what `allow` names has changed, such as ``code``.
 
     Raises:
         RunError: one failed again; its last words are in it.
@@ -123,7 +125,7 @@ def do(runs: Sequence[Planned], places: Places, tell: Tell) -> float:
     spent, tries, again = 0.0, dict.fromkeys(by_name, 0), list(waiting)
     while again:
         queue, again = again, []
-        for outcome in run_all(_jobs(queue, places), workers=places.workers):
+        for outcome in run_all(_jobs(queue, places, allow), workers=places.workers):
             run = by_name[outcome.job.name]
             spent += outcome.seconds
             result = result_of(run)
@@ -143,12 +145,12 @@ def _once(runs: Iterable[Planned]) -> list[Planned]:
     return list({run.name: run for run in runs}.values())
 
 
-def _jobs(runs: Sequence[Planned], places: Places) -> Iterator[Job]:
+def _jobs(runs: Sequence[Planned], places: Places, allow: Sequence[str]) -> Iterator[Job]:
     for run in runs:
         run.recipe_path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(run.recipe_path, run.recipe.model_copy(update={"out": str(run.folder)}).to_toml())
         _wait_until_free(run.folder)
-        yield Job(run.name, train_command(run.recipe_path), run.log, threads=places.threads)
+        yield Job(run.name, train_command(run.recipe_path, allow=allow), run.log, threads=places.threads)
 
 
 def _wait_until_free(folder: Path) -> None:
@@ -172,11 +174,7 @@ def _clean(run: Planned) -> None:
 
 
 def _failed(run: Planned, outcome: Outcome) -> str:
-    try:
-        lines = run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    said = printable(lines[-1].removeprefix("hasten: ")) if lines else f"exit code {outcome.code}"
+    said = last_words(run.log) or f"exit code {outcome.code}"
     return f"{run.variant}, seed {run.seed}: {said} (all it printed is in {printable(str(run.log))})"
 
 

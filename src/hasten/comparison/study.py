@@ -12,8 +12,10 @@ from typing import Any
 
 from hasten.duration import Duration
 from hasten.errors import RecipeError, RunError, nearest, printable
+from hasten.files import read_bytes
 from hasten.recipe import Recipe, resolve
 from hasten.record import write_whole
+from hasten.statistics import check_interval
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -65,6 +67,8 @@ class Study:
         half_width: seeds are added until every interval is at most this wide to either side; None: `seeds` it is.
         max_seeds: the most seeds that are added up to.
         spend: seconds of runs after which no more seeds are added; None: no such limit.
+        interval: ``t`` or ``bootstrap``, from 10 seeds on; no run depends on it, so it may be another when the study
+            goes on or is reported again.
     """
 
     base: Recipe
@@ -77,6 +81,7 @@ class Study:
     half_width: float | None = None
     max_seeds: int = 20
     spend: float | None = None
+    interval: str = "t"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -89,6 +94,7 @@ class Study:
             raise RecipeError(f"margin={self.margin} is no share of a loss: give one such as 1% or 0.01.")
         if self.half_width is not None and not 0 < self.half_width < 1:
             raise RecipeError(f"half_width={self.half_width} (--until) is no share: give one such as 1% or 0.01.")
+        check_interval(self.interval)
         if list(self.ladder) != sorted(set(self.ladder)) or any(not 0 < share < 1 for share in self.ladder):
             raise RecipeError(f"ladder={list(self.ladder)} must rise, above 0 and below 1, such as 0.5,0.65,0.8.")
         if not self.arms:
@@ -189,8 +195,8 @@ def read_study(path: Path) -> Study:
         RecipeError: it cannot be read, or says what no study can be.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raw = tomllib.loads(read_bytes(path).decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{printable(str(path))} cannot be read as a study: {printable(str(error))}.") from None
     version = raw.pop("format", FORMAT)
     if version != FORMAT:
@@ -202,12 +208,12 @@ def read_study(path: Path) -> Study:
     arms = raw.pop("arms", {})
     if not isinstance(arms, Mapping):
         raise RecipeError(f'arms in {printable(str(path))} must be a table: [arms], then NAME = "KEY=VALUE ...".')
-    base = _base(raw.pop("base", {}))
-    if "ladder" in raw:
-        raw["ladder"] = tuple(raw["ladder"])
     try:
+        base = _base(raw.pop("base", {}))
+        if "ladder" in raw:
+            raw["ladder"] = tuple(raw["ladder"])
         return Study(base, tuple(Arm(name, _texts(value)) for name, value in arms.items()), **raw)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise RecipeError(f"{printable(str(path))} has a value of the wrong kind: {printable(str(error))}.") from None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hasten.data.documents import DocumentPart
 from hasten.data.rows import NO_TARGET, Rows
 from hasten.errors import DataError, RecipeError
 
@@ -196,7 +197,8 @@ class Batches:
 
         Raises:
             RecipeError: no such a length or number of rows.
-            DataError: a stored block is damaged.
+            DamagedData: a stored block is damaged; `skip` says where the next step begins.
+            DataError: the index of a stored file is damaged.
         """
         draw = self.draw(position, rows=rows, length=length)
         return self.fill(draw, *self.share(rows), into=into), draw.position
@@ -220,13 +222,50 @@ class Batches:
         return rows * self.rank // self.world_size, rows * (self.rank + 1) // self.world_size
 
     def skip(self, position: tuple[int, ...], *, rows: int, length: int | None = None, steps: int = 1) -> Skipped:
-        """Return where a step begins that comes `steps` steps after `position`, and what is left out on the way."""
+        """Return where a step begins that comes `steps` steps after `position`, and what is left out on the way.
+
+        No token is read, so what is left out may be damaged.
+        """
         tokens = 0
         for _ in range(steps):
             draw = self.draw(position, rows=rows, length=length)
             tokens += sum(len(numbers) * part.seq_len for part, numbers in draw.parts)
             position = draw.position
         return Skipped(position, tokens)
+
+    def documents(
+        self, position: tuple[int, ...], *, rows: int, length: int | None = None, most: int = 64
+    ) -> list[DocumentPart]:
+        """Return which documents the step at `position` reads, over all ranks: at most the first `most` parts of them.
+
+        Row after row, in the order in which the rows lie in the step. No token is read, so it can be asked of a step
+        whose tokens are damaged. Not while another thread takes from these batches.
+
+        Args:
+            position: where the step begins.
+            rows: of the step.
+            length: tokens of a row as the model sees it; None for full rows.
+            most: parts that are returned.
+
+        Raises:
+            RecipeError: no such a length or number of rows.
+            DataError: where documents start is damaged.
+
+        Example:
+            >>> from hasten.data.documents import documents_of
+            >>> from hasten.data.rows import ChunkedRows
+            >>> rows = ChunkedRows(documents_of([[5, 6, 7], [8]], document_token=0), seq_len=8)
+            >>> batches = Batches(RowSource(rows, seed=0), seq_len=8, micro_rows=1)
+            >>> [(part.document, part.begin, part.tokens) for part in batches.documents((0,), rows=1)]
+            [(0, 0, 4), (1, 0, 1)]
+        """
+        found: list[DocumentPart] = []
+        for part, numbers in self.draw(position, rows=rows, length=length).parts:
+            for number in numbers.tolist():
+                if len(found) >= most:
+                    break
+                found += part.parts(number)
+        return found[:most]
 
     def fill(self, draw: Draw, first: int, stop: int, *, into: Buffers | None = None) -> list[Batch]:
         """Return the micro-batches of the full rows `first` up to `stop` of what a step reads."""

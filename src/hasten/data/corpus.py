@@ -149,7 +149,7 @@ class Corpus:
                 # Blocks of one document that fall on the same side one after another stay one document.
                 joined = unit.continues and side == previous
                 for piece in unit.pieces:
-                    yield side, piece._replace(starts_document=piece.starts_document and not joined)
+                    yield side, piece._replace(starts_document=False) if joined else piece
                 previous = side
         for unit in _units(self.spec, self._val_files, tally, None):
             yield from (("val", piece) for piece in unit.pieces)

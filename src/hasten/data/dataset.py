@@ -16,6 +16,7 @@ from hasten.data.items import Item, item_of
 from hasten.data.lengths import LengthSchedule, halvings
 from hasten.data.row_counts import RowCounts
 from hasten.data.windows import Pack, Report, Windows
+from hasten.data.workers import CountingLoader, told
 from hasten.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -134,9 +135,10 @@ class PackedBatches(IterableDataset[Item]):
         """Yield items from where the state is: in a worker its share of them, else all."""
         worker = get_worker_info()
         if worker is not None:
+            items = self._items(self._item + worker.id, worker.num_workers)
             if not self._is_counted:
                 self._elsewhere.fill_(1)
-            yield from self._items(self._item + worker.id, worker.num_workers)
+            yield from told(items) if self._is_counted else items
             return
         for number, item in enumerate(self._items(begin := self._item, 1)):
             self._item = begin + number + 1
@@ -145,13 +147,16 @@ class PackedBatches(IterableDataset[Item]):
     def loader(self, *, num_workers: int = 0, **settings: Any) -> DataLoader[Item]:
         """Return a `DataLoader` of this dataset that keeps count of what it has handed out, for `state_dict`.
 
+        While an item is waited for, a worker that was killed or stopped raises RunError, which names it, within 10 s.
+        Nothing is lost by it: this dataset knows what was handed out, and a new loader goes on from there.
+
         Args:
             num_workers: processes that prepare items ahead.
             settings: of `torch.utils.data.DataLoader`, such as ``pin_memory`` or ``prefetch_factor``.
         """
         if settings.get("persistent_workers"):
             raise RecipeError("persistent_workers=True would keep workers at an old place in the data: leave it out.")
-        return _CountingLoader(self, batch_size=None, num_workers=num_workers, **settings)
+        return CountingLoader(self, batch_size=None, num_workers=num_workers, **settings)
 
     @property
     def epochs(self) -> float:
@@ -292,22 +297,6 @@ class PackedBatches(IterableDataset[Item]):
 
     def _moved(self, item: int) -> None:
         self._item = item
-
-
-class _CountingLoader(DataLoader[Item]):
-    """A `DataLoader` that tells the dataset of this process what it has handed out."""
-
-    dataset: PackedBatches
-
-    def __iter__(self) -> Iterator[Item]:  # type: ignore[override]
-        data = self.dataset
-        begin = data._item
-        data._is_counted = True  # as workers are copied from here, they need not tell
-        iterator = super().__iter__()
-        data._is_counted = False
-        for number, item in enumerate(iterator):
-            data._moved(begin + number + 1)
-            yield item
 
 
 def _pack(

@@ -10,7 +10,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -52,6 +52,55 @@ class Documents(Protocol):
     def pieces(self, starts_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
         """Return the spans of `lengths_P` tokens, at least 1 each, that begin at `starts_P`, one behind the other."""
         ...
+
+
+class DocumentPart(NamedTuple):
+    """What a row holds of a document.
+
+    Attributes:
+        source: which of a mixture's sources the document is in; empty where there is one.
+        document: its number in the stream of the source, from 0.
+        begin: its token that comes first here; its document token, where it has one, is number 0.
+        tokens: how many follow each other from there.
+    """
+
+    source: str
+    document: int
+    begin: int
+    tokens: int
+
+
+def parts_of(documents: Documents, start: int, length: int) -> list[DocumentPart]:
+    """Return which documents the `length` tokens from `start` of a stream belong to, in order.
+
+    Found by bisection, so reading a few document starts whatever the number of documents.
+
+    Example:
+        >>> documents = ArrayDocuments(np.array([5, 6, 7, 8]), np.array([0, 2, 2, 4]))
+        >>> [(part.document, part.begin, part.tokens) for part in parts_of(documents, 1, 2)]
+        [(0, 1, 1), (2, 0, 1)]
+    """
+    first, last = _document_at(documents, start), _document_at(documents, start + length - 1)
+    parts = []
+    for begin in range(first, last + 1, _BATCH_DOCUMENTS):
+        starts = documents.starts(begin, min(begin + _BATCH_DOCUMENTS, last + 1))
+        lows, highs = np.maximum(starts[:-1], start), np.minimum(starts[1:], start + length)
+        for number in np.flatnonzero(lows < highs).tolist():
+            low, high = int(lows[number]), int(highs[number])
+            parts.append(DocumentPart("", begin + number, low - int(starts[number]), high - low))
+    return parts
+
+
+def _document_at(documents: Documents, place: int) -> int:
+    """Return which document holds the token at `place`: the last one that begins there or before."""
+    low, high = 0, documents.num_documents
+    while high - low > 1:
+        middle = (low + high) // 2
+        if int(documents.starts(middle, middle)[0]) <= place:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 class ArrayDocuments:

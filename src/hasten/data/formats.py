@@ -106,6 +106,15 @@ def _text_of(value: Any, text_key: str) -> str:
     return text
 
 
+def _refuse_twice(record: str, text_key: str) -> None:
+    """Raise ValueError if the record itself has the key more than once: which text is meant is anyone's guess."""
+    keys: list[str] = []
+    # Of all objects in a record it is the outermost that is complete last.
+    json.loads(record, object_pairs_hook=lambda pairs: keys.__setitem__(slice(None), [key for key, _ in pairs]))
+    if keys.count(text_key) > 1:
+        raise ValueError(f"the key {text_key!r} {keys.count(text_key)} times")
+
+
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
@@ -113,28 +122,31 @@ def _kind(value: Any) -> str:
 
 
 def _json_lines(file: SourceFile, text_key: str, tally: Counts) -> Iterator[tuple[str, str]]:
+    quoted_key = json.dumps(text_key, ensure_ascii=False).encode("utf-8", "surrogatepass")
     with compressed.open_stream(file.path, file.name, tally.on_read) as stream:
         number = 0
         while line := stream.readline(MAX_RECORD_BYTES + 1):
             number += 1
-            place = f"{file.name} line {number}"
             if number == 1 and line.startswith(codecs.BOM_UTF8):
                 tally.add(counts.BYTE_ORDER_MARKS, file.name)
                 line = line[3:]
             if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
                 tally.records_read += 1
                 _skip_line(stream)
-                _reject(tally, place, f"longer than {MAX_RECORD_BYTES >> 20} MiB")
+                _reject(tally, f"{file.name} line {number}", f"longer than {MAX_RECORD_BYTES >> 20} MiB")
                 continue
             if not line.strip():
                 continue
             tally.records_read += 1
             try:
-                text = _text_of(json.loads(line.decode("utf-8", "surrogateescape")), text_key)
+                record = line.decode("utf-8", "surrogateescape")
+                text = _text_of(json.loads(record), text_key)
+                if line.count(quoted_key) > 1:
+                    _refuse_twice(record, text_key)
             except RecursionError:
-                _reject(tally, place, "nested too deeply")
+                _reject(tally, f"{file.name} line {number}", "nested too deeply")
             except ValueError as error:
-                _reject(tally, place, str(error))
+                _reject(tally, f"{file.name} line {number}", str(error))
             else:
                 yield f"{file.name}:{number}", text
 

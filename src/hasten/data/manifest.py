@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hasten.data.shard_files import BLOCK_BYTES, damaged, opened, sync, token_dtype
-from hasten.errors import DataError, printable
+from hasten.data.shard_files import BLOCK_BYTES, damaged, index_bytes, opened, sync, token_dtype
+from hasten.errors import DataError, one_line, printable
+from hasten.files import MOST_VALUES, parse_json, read_bytes
 
 FORMAT = "hasten tokens"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_TEXTS = ("corpus", "corpus_sha256", "tokenizer_sha256")
+_MOST_TOKENS = 1 << 62
+_MOST_BYTES = 2 << 30  # some 15 million source files
 
 
 def write_manifest(
@@ -76,28 +80,100 @@ def write_manifest(
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest at `path` once it is of this version, whole, and names only files of its own folder."""
     try:
-        manifest = json.loads(path.read_bytes())
+        content = read_bytes(path, _MOST_BYTES)
+        # Each source file of a corpus has an entry, of some 40 bytes a value.
+        manifest = parse_json(content, max(MOST_VALUES, len(content) // 16))
     except FileNotFoundError:
         raise DataError(
             f"{printable(str(path.parent))} holds no {MANIFEST}; give a folder that `hasten prepare` finished."
         ) from None
     except (OSError, ValueError) as error:
-        raise damaged(path, f"it cannot be read as JSON ({error})") from None
+        reason = (error.strerror or "") if isinstance(error, OSError) else str(error)
+        raise damaged(path, f"it cannot be read as JSON ({one_line(reason, 200)})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(
             f"{printable(str(path))} does not describe prepared tokens; give a folder made by `hasten prepare`."
         )
-    if manifest.get("version") != FORMAT_VERSION:
+    version = manifest.get("version")
+    if version != FORMAT_VERSION:
         raise DataError(
-            f"{printable(str(path))} is of format version {manifest.get('version')!r} and this hasten reads version "
+            f"{printable(str(path))} is of format version {one_line(repr(version))} and this hasten reads version "
             f"{FORMAT_VERSION}; prepare the data again."
         )
     if manifest.get("manifest_sha256") != _own_hash(manifest):
         raise damaged(path, "its content is not what its own sha256 says")
-    for entry in all_files(manifest):
-        if Path(entry["file"]).name != entry["file"]:
-            raise damaged(path, f"it names a file outside its folder ({entry['file']!r})")
+    wrong = next(_faults(manifest), "")
+    if wrong:
+        raise damaged(path, wrong)
     return manifest
+
+
+def _faults(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is not as `write_manifest` writes it: the sha256 says that nobody erred, not that nobody lied."""
+    splits, files, counts = (manifest.get(key) for key in ("splits", "files", "counts"))
+    for key in _TEXTS:
+        if not isinstance(manifest.get(key), str):
+            yield f"its {key} is no text"
+    vocab_size, document_token = manifest.get("vocab_size"), manifest.get("document_token")
+    if not (_is_count(vocab_size, 1, 1 << 32) and _is_count(document_token, 0, vocab_size - 1)):
+        yield "its vocab_size or document_token is no such number"
+    if not (isinstance(splits, dict) and isinstance(files, list) and isinstance(counts, dict)):
+        yield "its splits, files or counts are missing"
+    apart = {f"train-{number}" for number in range(len(splits) - 1)}
+    if set(splits) - {"val"} not in ({"train"}, apart) or "val" not in splits or len(splits) < 2:
+        yield "its splits are not those to train on and one to validate on"
+    for name, amount in counts.items():
+        if not _is_count(amount):
+            yield f"its count of {name} is no number"
+    for key in ("notes", "train_names"):
+        given = manifest.get(key, [])
+        if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+            yield f"its {key} are no texts"
+    if "train_names" in manifest and len(manifest["train_names"]) != len(splits) - 1:
+        yield "its train_names are not as many as its splits"
+    for name, split in splits.items():
+        yield from (f"its split {name} {fault}" for fault in _split_faults(split, token_dtype(vocab_size).itemsize))
+    yield from (f"one of its files {fault}" for entry in files for fault in _file_faults(entry))
+
+
+def _split_faults(split: Any, token_bytes: int) -> Iterator[str]:
+    keys = ("num_tokens", "num_documents", "source_bytes")
+    if not isinstance(split, dict) or not all(_is_count(split.get(key)) for key in keys):
+        yield "lacks a number"
+    shards = split.get("shards")
+    if not isinstance(shards, list):
+        yield "has no shards"
+    for shard in shards:
+        if not isinstance(shard, dict) or not _is_count(shard.get("num_tokens"), 1):
+            yield "has a shard without tokens"
+        if not _is_count(shard.get("num_documents"), 0, shard["num_tokens"]):
+            yield "has a shard with more documents than tokens"
+        for part in ("tokens", "index"):
+            yield from (f"has a shard that {fault}" for fault in _file_faults(shard.get(part)))
+        if not _is_count(shard["index"].get("crc32")):
+            yield "has a shard without a checksum"
+        if shard["tokens"]["bytes"] != shard["num_tokens"] * token_bytes:
+            yield "has a shard of another size than its tokens"
+        if shard["index"]["bytes"] != index_bytes(shard["num_tokens"], shard["num_documents"], token_bytes):
+            yield "has an index of another size than its documents"
+    for key in ("num_tokens", "num_documents"):
+        if split[key] != sum(shard[key] for shard in shards):
+            yield f"has other {key} than its shards together"
+
+
+def _file_faults(entry: Any) -> Iterator[str]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+        yield "has no name"
+    name = entry["file"]
+    is_plain = name.isprintable() and not set(name) & set("/\\:") and name not in ("", ".", "..") and len(name) < 200
+    if not is_plain:
+        yield f"is a file outside its folder ({one_line(name)!r})"
+    if not _is_count(entry.get("bytes")) or not isinstance(entry.get("sha256"), str):
+        yield "has no size or no sha256"
+
+
+def _is_count(value: Any, least: int = 0, most: int = _MOST_TOKENS) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def _shard_files(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:

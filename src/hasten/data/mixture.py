@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hasten.data.batches import Draw
+from hasten.data.documents import DocumentPart
 from hasten.data.rows import Order, Rows
 from hasten.errors import DataError
 
@@ -108,15 +109,17 @@ class MixedRows:
     Args:
         components: rows of one length with one token of padding.
         weights: one for each, above 0: shares of rows, so of tokens.
+        names: of the sources, for `parts`; left out, their numbers.
 
     Raises:
         DataError: as `Proportions`; or another number of weights than of components, rows of different lengths.
     """
 
-    def __init__(self, components: Sequence[Rows], weights: Sequence[float]) -> None:
+    def __init__(self, components: Sequence[Rows], weights: Sequence[float], names: Sequence[str] = ()) -> None:
         if len(weights) != len(components):
             raise DataError(f"{len(weights)} weights for {len(components)} sources of a mixture; give one for each.")
         self.components, self.proportions = tuple(components), Proportions(weights)
+        self.names = tuple(names) or tuple(map(str, range(len(components))))
         lengths = sorted({rows.seq_len for rows in components})
         if len(lengths) > 1 or len({rows.filler for rows in components}) > 1:
             raise DataError(
@@ -143,6 +146,12 @@ class MixedRows:
             for array, part in zip(outputs, parts):
                 array[here] = part
         return targets_R
+
+    def parts(self, row_number: int) -> list[DocumentPart]:
+        """Return what a row holds of which documents, in order, with the name of their source."""
+        component = int(self.bounds.searchsorted(row_number, side="right")) - 1
+        parts = self.components[component].parts(row_number - int(self.bounds[component]))
+        return [part._replace(source=self.names[component]) for part in parts]
 
     def order(self, seed: int, purpose: str = "rows") -> Order:
         """Return the endless order: the components by their proportions, the rows of each one in a shuffled order.
@@ -178,6 +187,7 @@ class MixtureSource:
         components: the rows of each source.
         weights: one for each, above 0: shares of rows, so of tokens; only their ratios matter.
         seed: of the order of rows within each source.
+        names: of the sources; left out, their numbers.
 
     Raises:
         DataError: as `MixedRows`.
@@ -185,8 +195,10 @@ class MixtureSource:
 
     begin: tuple[int, ...] = (0,)
 
-    def __init__(self, components: Sequence[Rows], weights: Sequence[float], *, seed: int) -> None:
-        self.rows = MixedRows(components, weights)
+    def __init__(
+        self, components: Sequence[Rows], weights: Sequence[float], *, seed: int, names: Sequence[str] = ()
+    ) -> None:
+        self.rows = MixedRows(components, weights, names)
         self.num_rows = self.rows.num_rows
         self._order = self.rows.order(seed)
 

@@ -59,7 +59,7 @@ def read(
         return BucketSource([windows.rows(number) for number in range(len(lengths))], seed=seed)
     rows = [_packed(train, seq_len, packing, overflow) for train in data.trains]
     if weights:
-        return MixtureSource(rows, weights, seed=seed)
+        return MixtureSource(rows, weights, seed=seed, names=data.train_names)
     return RowSource(rows[0], seed=seed)
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hasten.data.documents import Documents
+from hasten.data.documents import DocumentPart, Documents, parts_of
 from hasten.data.order import EndlessOrder
 from hasten.errors import DataError
 
@@ -63,6 +63,10 @@ class Rows(Protocol):
         """Return an endless shuffled order of the row numbers, a pure function of the arguments."""
         ...
 
+    def parts(self, row_number: int) -> list[DocumentPart]:
+        """Return what a row holds of which documents, in order; no token is read."""
+        ...
+
 
 class ChunkedRows:
     """Concat-and-chunk: the stream cut every `seq_len` tokens, which takes no plan and no counting.
@@ -109,6 +113,11 @@ class ChunkedRows:
     def order(self, seed: int, purpose: str = "rows") -> Order:
         """Return an endless shuffled order of the row numbers."""
         return EndlessOrder(self.num_rows, seed=seed, purpose=purpose)
+
+    def parts(self, row_number: int) -> list[DocumentPart]:
+        """Return what a row holds of which documents, in order."""
+        start = row_number * self.seq_len
+        return parts_of(self._documents, start, min(self.seq_len, self.num_targets - start))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ the beginning of the shard.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import struct
 import zlib
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +20,9 @@ from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
-from hasten.errors import DataError, printable
+from hasten.data.mapped import MappedFile
+from hasten.errors import DamagedData, DataError, printable
+from hasten.files import open_regular
 
 BLOCK_BYTES = 1 << 20
 SHARD_TOKENS = 1 << 27
@@ -98,7 +99,8 @@ class ShardWriter:
         self._source_bytes += source_bytes
         if not tokens.size:
             return
-        lowest, highest = int(tokens.min()), int(tokens.max())
+        lowest = int(tokens.min()) if tokens.dtype.kind != "u" else 0
+        highest = int(tokens.max())
         if lowest < 0 or highest >= self._vocab_size:
             raise DataError(
                 f"The tokenizer gave the id {lowest if lowest < 0 else highest}, outside its vocabulary of "
@@ -181,6 +183,11 @@ class ShardWriter:
         self._in_shard = 0
 
 
+def index_bytes(num_tokens: int, num_documents: int, token_bytes: int) -> int:
+    """Return the size of the ``.idx`` of a shard whose tokens take `token_bytes` each."""
+    return _INDEX_HEADER.size + 4 * -(-num_tokens * token_bytes // BLOCK_BYTES) + 8 * num_documents
+
+
 class ShardFile:
     """One ``.bin`` with its ``.idx``; nothing is opened before it is used."""
 
@@ -194,7 +201,7 @@ class ShardFile:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy in another process maps the files again: pickling what is mapped would copy it."""
-        mapped = ("_tokens", "_checksums", "_is_checked", "_starts")
+        mapped = ("_mapped", "_tokens", "_checksums", "_is_checked", "_mapped_index", "_starts")
         return {name: value for name, value in vars(self).items() if name not in mapped}
 
     @property
@@ -204,6 +211,7 @@ class ShardFile:
 
     def view(self, start: int, stop: int) -> np.ndarray:
         """Return a checked, read-only view of the file."""
+        self._refresh()
         self._check(start // self._block_tokens, -(-stop // self._block_tokens))
         return self._tokens[start:stop]
 
@@ -225,28 +233,57 @@ class ShardFile:
     def document_starts(self) -> np.ndarray:
         """Return where documents start, ``int64``, counted from the beginning of the shard: a view of the index.
 
-        The index is mapped, not read; its checksums are checked once.
+        The index is mapped, not read; its checksums are checked once, and again when the file was changed.
         """
+        if "_starts" in vars(self) and self._mapped_index.has_changed():
+            self._forget("_starts", "_mapped_index")
         return self._starts
 
     @cached_property
-    def _starts(self) -> np.ndarray:
+    def _mapped_index(self) -> MappedFile:
         check_size(self._index, self._entry["index"]["bytes"])
-        begin = _INDEX_HEADER.size + 4 * len(self._checksums)
         with opened(self._index) as file:
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return MappedFile(file, self._index)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        self._forget("_mapped_index")  # of an earlier look at it that failed
+        content = self._mapped_index.content
+        begin = _INDEX_HEADER.size + 4 * len(self._checksums)
         *_, num_documents, _, checksum = self._parse(content[:begin])
         starts = content[begin:]
         if len(starts) != 8 * num_documents or zlib.crc32(starts) != checksum:
             raise damaged(self._index, "its document starts fail their checksum")
         # No shard holds 2**63 tokens, so the stored uint64 is the same as int64.
-        return np.frombuffer(starts, "<i8")
+        starts_D = np.frombuffer(starts, "<i8")
+        is_inside = not len(starts_D) or (starts_D[0] >= 0 and starts_D[-1] < self.num_tokens)
+        if len(starts_D) != self.num_documents or not is_inside or (starts_D[1:] <= starts_D[:-1]).any():
+            raise damaged(self._index, "its documents do not start one behind the other")
+        return starts_D
+
+    @cached_property
+    def _mapped(self) -> MappedFile:
+        check_size(self._path, self._entry["tokens"]["bytes"], damaged_tokens)
+        with opened(self._path) as file:
+            return MappedFile(file, self._path)
 
     @cached_property
     def _tokens(self) -> np.ndarray:
-        check_size(self._path, self._entry["tokens"]["bytes"])
-        with opened(self._path) as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), self._dtype)
+        return np.frombuffer(self._mapped.content, self._dtype)
+
+    def _refresh(self) -> None:
+        """Map the file again and trust none of its blocks, if it was changed, replaced or removed since it was mapped.
+
+        Asked before every read: reading what was cut off a mapped file ends the process. What is left is a file cut
+        short between this and the read, most often less than a millisecond later.
+        """
+        if self._mapped.has_changed():
+            self._forget("_mapped", "_tokens", "_is_checked")
+            _ = self._mapped
+
+    def _forget(self, *names: str) -> None:
+        for name in names:
+            vars(self).pop(name, None)
 
     @cached_property
     def _checksums(self) -> np.ndarray:
@@ -272,6 +309,7 @@ class ShardFile:
 
     def _check_spans(self, starts_R: np.ndarray, stops_R: np.ndarray) -> None:
         """Check the blocks that hold the tokens from `starts_R` up to `stops_R`, at least one token each."""
+        self._refresh()
         first_R, last_R = starts_R // self._block_tokens, (stops_R - 1) // self._block_tokens
         is_checked = self._is_checked
         if is_checked[first_R].all() and is_checked[last_R].all() and int((last_R - first_R).max(initial=0)) < 2:
@@ -283,12 +321,11 @@ class ShardFile:
         """Check the blocks from `first` up to `stop` that have not been checked before."""
         if self._is_checked[first:stop].all():
             return
-        # A mapped file that was cut short since would end the process at the first touch of what is gone.
-        check_size(self._path, self._entry["tokens"]["bytes"])
         for number in first + np.flatnonzero(~self._is_checked[first:stop]):
             block = self._tokens[number * self._block_tokens : (number + 1) * self._block_tokens]
             if zlib.crc32(block) != self._checksums[number]:
-                raise damaged(self._path, f"the block of 1 MiB at byte {number * BLOCK_BYTES} fails its checksum")
+                how = f"the block of 1 MiB at byte {number * BLOCK_BYTES} fails its checksum"
+                raise damaged_tokens(self._path, how, int(number))
             if int(block.max()) >= self._vocab_size:
                 raise damaged(self._path, f"it holds the id {block.max()}, outside a vocabulary of {self._vocab_size}")
             self._is_checked[number] = True
@@ -313,20 +350,21 @@ def _counting(bits: int) -> np.ndarray:
     return np.arange(1 << bits)
 
 
-def check_size(path: Path, expected: int) -> None:
-    """Refuse a file that is missing or has another size than `expected` bytes."""
+def check_size(path: Path, expected: int, error: Callable[[Path, str], DataError] | None = None) -> None:
+    """Refuse a file that is missing or has another size than `expected` bytes, with what `error` makes of it."""
+    error = error or damaged
     try:
         size = path.stat().st_size
     except OSError:
-        raise damaged(path, "it is missing") from None
+        raise error(path, "it is missing") from None
     if size != expected:
-        raise damaged(path, f"it has {size:,} bytes instead of {expected:,}")
+        raise error(path, f"it has {size:,} bytes instead of {expected:,}")
 
 
 def opened(path: Path) -> BinaryIO:
     """Open a file for reading bytes, or say that it is damaged."""
     try:
-        return open(path, "rb")
+        return open_regular(path)
     except OSError as error:
         raise damaged(path, f"it cannot be opened ({error.strerror})") from None
 
@@ -339,7 +377,16 @@ def sync(file: BinaryIO | TextIO) -> None:
 
 def damaged(path: Path, how: str) -> DataError:
     """Return the error for a file of prepared data that cannot be trusted."""
-    return DataError(
+    return DataError(_damage(path, how))
+
+
+def damaged_tokens(path: Path, how: str, block: int | None = None) -> DamagedData:
+    """Return the error for a block of tokens, or a whole file of them, that cannot be trusted."""
+    return DamagedData(_damage(path, how), file=path.name, block=block)
+
+
+def _damage(path: Path, how: str) -> str:
+    return (
         f"{printable(str(path))} is damaged: {printable(how)}; delete the folder {printable(str(path.parent))} and "
         "prepare the data again."
     )

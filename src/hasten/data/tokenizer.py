@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from hasten.errors import DataError, nearest, printable
+from hasten.errors import DataError, nearest, one_line, printable
+from hasten.files import read_bytes
 
 DOCUMENT_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SMALLEST_VOCABULARY = 257
 LARGEST_VOCABULARY = 1 << 20
+_MOST_BYTES = 256 << 20  # the largest in use have some 35 MB
 # What ends a document in vocabularies of other tools, most telling first.
 _KNOWN_ENDS = (DOCUMENT_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<s>", "<bos>")
 # Learning merges inside one word costs its length times the merges, so longer ones are learned from in parts.
@@ -46,14 +49,12 @@ class Tokenizer:
         sha256: of `document`.
 
     Raises:
-        DataError: `document` is no tokenizer, or lacks `document_text`.
+        DataError: `document` is no tokenizer, lacks `document_text`, or has ids above 1,048,575.
     """
 
     def __init__(self, document: str, document_text: str = DOCUMENT_TEXT, config: dict | None = None) -> None:
-        try:
+        with _library_errors("this is not a tokenizer.json that can be read"):
             inner = tokenizers.Tokenizer.from_str(document)
-        except Exception as error:  # the library raises Exception itself
-            raise DataError(f"this is not a tokenizer.json that can be read: {printable(str(error))}.") from error
         token = inner.token_to_id(document_text)
         if token is None:
             raise DataError(f"the tokenizer has no begin/end token {printable(document_text)!r}; name another one.")
@@ -62,6 +63,11 @@ class Tokenizer:
         inner.no_padding()
         self.document, self.document_text, self.document_token = document, document_text, token
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise DataError(
+                f"the tokenizer has the id {self.vocab_size - 1}; expected ids below {LARGEST_VOCABULARY}: "
+                "whatever is made for each of them would fill the memory."
+            )
         self.sha256 = hashlib.sha256(document.encode()).hexdigest()
         self._inner, self._config = inner, dict(config or {})
 
@@ -74,14 +80,16 @@ class Tokenizer:
         texts = [_valid(text) for text in texts]
         if self.is_bytes:
             return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
-        batch = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        with _library_errors("the tokenizer cannot encode this text"):
+            batch = self._inner.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in batch]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; special tokens are left out, bytes that form no character become U+FFFD."""
         if self.is_byte_level:
             return self.decode_bytes(ids).decode("utf-8", "replace")
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
+        with _library_errors("the tokenizer cannot decode what was written"):
+            return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of `ids`: exactly those encoded, when the tokenizer is byte-level."""
@@ -108,7 +116,7 @@ class Tokenizer:
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         Path(folder, FILE).write_bytes(self.document.encode())
-        Path(folder, CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        Path(folder, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     @cached_property
     def is_byte_level(self) -> bool:
@@ -130,10 +138,11 @@ class Tokenizer:
     def token_bytes(self) -> list[bytes]:
         """The bytes of each id of a byte-level tokenizer; nothing for special and unused ids."""
         table = [b""] * self.vocab_size
-        for word, index in self._description["model"]["vocab"].items():
+        for word, index in self._inner.get_vocab(with_added_tokens=False).items():
             table[index] = bytes(_BYTE_OF[c] for c in word) if all(c in _BYTE_OF for c in word) else b""
-        for added in self._description.get("added_tokens", []):
-            table[added["id"]] = b"" if added["special"] else added["content"].encode()
+        # Not the ids that the file states for them: the library gives its own where those are taken or make no sense.
+        for index, added in self._inner.get_added_tokens_decoder().items():
+            table[index] = b"" if added.special else added.content.encode()
         return table
 
     @cached_property
@@ -193,11 +202,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             "name 'bytes', 'bpe', a tokenizer.json or a folder that holds one."
         )
     try:
-        document = file.read_bytes().decode("utf-8")
+        document = read_bytes(file, _MOST_BYTES).decode("utf-8")
         config = _read_config(file.parent)
         added = [token["content"] for token in json.loads(document).get("added_tokens", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{printable(str(file))} is not a tokenizer.json that can be read: {error!r}.") from error
+        reason = one_line(f"{type(error).__name__}: {error}", 200)
+        raise DataError(f"{printable(str(file))} is not a tokenizer.json that can be read: {reason}.") from error
     stated = [_token_text(config.get(key)) for key in ("eos_token", "bos_token")]
     known = [text for text in (*stated, *_KNOWN_ENDS) if text in added]
     if not known:
@@ -205,9 +215,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(document, known[0], config)
 
 
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Say in one sentence what the library found wrong; it raises `Exception` itself, and panics beyond that."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{what}: {one_line(str(error), 200)}.") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what}: {one_line(str(error), 200)}.") from None
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
-    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    config = json.loads(read_bytes(file)) if file.exists() else {}
     # Names of code to run are nothing a tokenizer needs, and a limit belongs to the model it came with.
     return {key: value for key, value in config.items() if key not in ("auto_map", "model_max_length")}
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hasten.data.documents import Documents
+from hasten.data.documents import DocumentPart, Documents, parts_of
 from hasten.data.fitting import OVERFLOWS, PACKINGS, Packing, bucketed
 from hasten.data.order import EndlessOrder, WindowOrder
 from hasten.data.row_counts import RowCounts, cached_counts, keep_counts
@@ -264,6 +264,15 @@ class WindowRows:
         if windows.num_windows <= windows.group:
             return EndlessOrder(self.num_rows, seed=seed, purpose=purpose)
         return WindowOrder(np.diff(self._first_rows_W1), seed=seed, purpose=purpose, group=windows.group)
+
+    def parts(self, row_number: int) -> list[DocumentPart]:
+        """Return what a row holds of which documents, in order."""
+        pieces = self._pieces(np.array([row_number]))
+        found = (
+            parts_of(self._windows.documents, start, length)
+            for start, length in zip(pieces.starts_P.tolist(), pieces.lengths_P.tolist())
+        )
+        return [part for parts in found for part in parts]
 
     def _pieces(self, row_numbers_R: np.ndarray) -> Pieces:
         window_R = self._first_rows_W1.searchsorted(row_numbers_R, side="right") - 1

@@ -4,7 +4,8 @@ from hasten.loop.finish import Result
 from hasten.loop.session import prepare_for, train
 from hasten.loop.snapshots import capture, restore
 from hasten.loop.state import State, start
-from hasten.loop.steps import Event, Hook, advance, train_step
+from hasten.loop.steps import advance, train_step
+from hasten.loop.telling import Event, Hook
 
 __all__ = [
     "Event",

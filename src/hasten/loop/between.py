@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 
-import torch
-
-from hasten import checkpoint
+from hasten.checkpoint import Writer, Written, newest
+from hasten.errors import RunError
 from hasten.evaluation import Evaluation, evaluate_shards
-from hasten.loop.snapshots import capture
+from hasten.loop.recovery import go_back
+from hasten.loop.snapshots import Snapshot, hold, snapshot
 from hasten.loop.state import State, weights_to_evaluate
-from hasten.loop.steps import Teller
+from hasten.loop.telling import Teller
 from hasten.loop.timetable import Timetable
-from hasten.record import RunFolder
 
 
-def between_steps(state: State, folder: RunFolder, timetable: Timetable, tell: Teller) -> None:
+def between_steps(state: State, writer: Writer, timetable: Timetable, tell: Teller) -> None:
     """Do what is due after a step; what is due at the very end belongs to the finish of the run."""
+    tell_written(writer.done(), tell)
     if state.step >= state.total_steps:
         return
     timetable.plan_again(state)
@@ -25,7 +25,7 @@ def between_steps(state: State, folder: RunFolder, timetable: Timetable, tell: T
         evaluate_in_run(state, tell)
         timetable.evaluation_took(state.phases["evaluation"] - before)
     if state.status == "running" and timetable.checkpoint_due(state):
-        timetable.checkpoint_took(save(state, folder, tell))
+        timetable.checkpoint_took(save(state, writer, tell))
 
 
 def validate(state: State, *, max_tokens: int | None) -> Evaluation:
@@ -40,18 +40,66 @@ def validate(state: State, *, max_tokens: int | None) -> Evaluation:
         )
 
 
-def save(state: State, folder: RunFolder, tell: Teller) -> float:
-    """Write a checkpoint and return the seconds it took; never one with a non-finite weight: that is divergence."""
+def save(state: State, writer: Writer, tell: Teller) -> float:
+    """Begin to write a checkpoint, and return the seconds that training waited for it.
+
+    A broken state is never saved: the run goes back to the one that was good last.
+    """
     began = time.perf_counter()
-    if not all(bool(torch.isfinite(master).all()) for master in state.precision.named_masters().values()):
-        state.status, state.reason = "diverged", f"a weight is not finite after step {state.step}"
+    taken = snapshot(state)
+    if taken is None:
+        go_back(state, tell, f"a number of the state is not finite after step {state.step}")
         return 0.0
-    tensors, plain = capture(state)
-    path = checkpoint.save(folder.checkpoints, state.step, tensors, plain, keep=state.recipe.checkpoint.keep)
+    hold(state, taken)
+    _write(taken, writer, tell)
     spent = time.perf_counter() - began
     state.spend("checkpoint", spent)
-    tell("checkpoint", path=path.name, seconds=spent)
     return spent
+
+
+def save_last(state: State, writer: Writer, tell: Teller) -> None:
+    """Write the checkpoint of a run that ends here, and wait until it is on the disk; a broken state is divergence.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    began = time.perf_counter()
+    taken = snapshot(state)
+    if taken is None:
+        state.status, state.reason = "diverged", f"a number of the state is not finite after step {state.step}"
+        return
+    _write(taken, writer, tell)
+    written = writer.wait()
+    state.spend("checkpoint", time.perf_counter() - began)
+    tell_written([one for one in written if one.step != taken.step], tell)
+    (last,) = (one for one in written if one.step == taken.step)
+    if last.error is not None:
+        raise RunError(f"{last.error} The same command then goes on from the newest checkpoint.")
+    tell_written([last], tell)
+
+
+def _write(taken: Snapshot, writer: Writer, tell: Teller) -> None:
+    tell("saving")  # the record is forced to the disk first: no saved step without its lines
+    tell_written(writer.wait(), tell)
+    writer.write(taken.step, taken.tensors, taken.plain)
+
+
+def newest_saved(writer: Writer, tell: Teller) -> Snapshot | None:
+    """Return the newest good checkpoint as a state to go back to, once all are written; None where there is none."""
+    tell_written(writer.wait(), tell)
+    loaded, notes = newest(writer.root)
+    for note in notes:
+        tell("warning", message=note)
+    return None if loaded is None else Snapshot(loaded.step, loaded.tensors, loaded.state)
+
+
+def tell_written(written: list[Written], tell: Teller) -> None:
+    """Tell what became of checkpoints; one that could not be written is a warning, and training goes on."""
+    for one in written:
+        if one.error is None:
+            tell("checkpoint", path=one.path.name, seconds=one.seconds)
+        else:
+            tell("warning", message=f"{one.error} Training goes on; the next checkpoint is tried when it is due.")
 
 
 def evaluate_in_run(state: State, tell: Teller) -> Evaluation:

@@ -8,7 +8,6 @@ other run has deleted the checkpoint by then.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 from hasten import checkpoint
 from hasten.errors import CheckpointError, RecipeError, nearest, printable
+from hasten.files import parse_json, read_bytes
+from hasten.loop.saved import load
 from hasten.loop.snapshots import restore
 from hasten.loop.state import State
 from hasten.recipe import Recipe, resolve, schema
@@ -177,11 +178,11 @@ def _checkpoint(folder: RunFolder, step: int | None) -> tuple[checkpoint.Loaded,
             raise RecipeError(
                 f"{where} has no checkpoint of step {step}{nearest(str(step), map(str, steps))}; {_named(steps)}."
             )
-        return checkpoint.load(_path(folder, step)), []
+        return load(_path(folder, step)), []
     notes = []
     for candidate in reversed(steps):
         try:
-            return checkpoint.load(_path(folder, candidate)), notes
+            return load(_path(folder, candidate)), notes
         except CheckpointError as error:
             notes.append(f"{error} It was passed over.")
     raise CheckpointError(f"No checkpoint of {where} can be trusted: {notes[0]}")
@@ -192,7 +193,7 @@ def _path(folder: RunFolder, step: int) -> Path:
 
 
 def _manifest_sha256(path: Path) -> str:
-    return str(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["sha256"])
+    return str(parse_json(read_bytes(path / "manifest.json"))["sha256"])
 
 
 def _factors(loaded: checkpoint.Loaded) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from hasten.checks import compiler_found
 from hasten.loop.proving import note_graphs
 from hasten.loop.state import State
-from hasten.loop.steps import Teller
+from hasten.loop.telling import Teller
 
 # What compiling the decoder costs (seconds) and gains (share of a step's time), by kind of device.
 COMPILE_SECONDS = {"cpu": 60.0, "cuda": 60.0}

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hasten.checkpoint import Writer
 from hasten.evaluation import baselines
 from hasten.exports import export
 from hasten.generation import generate
-from hasten.loop.between import evaluate_in_run, save, validate
+from hasten.loop.between import evaluate_in_run, save_last, tell_written, validate
 from hasten.loop.memory import peak_bytes
 from hasten.loop.proving import prove, watched_evaluation
 from hasten.loop.state import State, weights_to_evaluate
-from hasten.loop.steps import Teller
+from hasten.loop.telling import Teller
 from hasten.model import count_parameters
 from hasten.record import RunFolder, write_result
 
@@ -37,7 +38,7 @@ class Result:
     already_finished: bool = False
 
 
-def finish(state: State, folder: RunFolder, tell: Teller) -> Result:
+def finish(state: State, folder: RunFolder, writer: Writer, tell: Teller) -> Result:
     """Save, evaluate on the whole held-out text, export and describe a run that has ended; return its result.
 
     A diverged run is described, but neither saved nor exported: its last good checkpoint stays the newest.
@@ -46,8 +47,9 @@ def finish(state: State, folder: RunFolder, tell: Teller) -> Result:
     if state.status == "running":
         state.status = "finished"
     if state.status == "finished":
-        save(state, folder, tell)
+        save_last(state, writer, tell)
     if state.status == "diverged":
+        tell_written(writer.wait(), tell)
         tell("warning", message=f"The run diverged: {state.reason}.")
         return _write(state, folder, tell, {}, seconds, memory)
 
@@ -81,26 +83,26 @@ def finish(state: State, folder: RunFolder, tell: Teller) -> Result:
     return _write(state, folder, tell, values, seconds, memory)
 
 
-def stopped(state: State, folder: RunFolder, tell: Teller, signal_name: str) -> Result:
+def stopped(state: State, folder: RunFolder, writer: Writer, tell: Teller, signal_name: str) -> Result:
     """Save a run that a signal stopped, so that the same command goes on from here; return its result so far."""
     seconds, memory = state.clock.seconds, peak_bytes(state.device)
-    save(state, folder, tell)
+    save_last(state, writer, tell)
     if state.status == "diverged":
-        return finish(state, folder, tell)
+        return finish(state, folder, writer, tell)
     tell("stop", reason=signal_name)
     state.status, state.reason = "stopped", signal_name
     return _write(state, folder, tell, {}, seconds, memory)
 
 
-def paused(state: State, folder: RunFolder, tell: Teller, reason: str) -> Result:
+def paused(state: State, folder: RunFolder, writer: Writer, tell: Teller, reason: str) -> Result:
     """Save and evaluate a run that was asked to go no further for now; return its result so far.
 
     The evaluation is that of `evaluate.tokens`, so that pausing costs what an evaluation within the run costs.
     """
     seconds, memory = state.clock.seconds, peak_bytes(state.device)
-    save(state, folder, tell)
+    save_last(state, writer, tell)
     if state.status == "diverged":
-        return finish(state, folder, tell)
+        return finish(state, folder, writer, tell)
     with watched_evaluation(state):
         evaluation = evaluate_in_run(state, tell)
     tell("stop", reason=reason)
@@ -131,6 +133,8 @@ def _write(
         "tokens": state.tokens,
         "steps": state.step,
         "source_epochs": state.source_epochs(state.step),
+        "left_out": dict(state.notes.get("left_out", {})),
+        "rollbacks": state.guard.rollbacks,
         "total_steps": state.total_steps,
         "seconds": seconds,
         "phases": dict(state.phases),

@@ -19,16 +19,21 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yield a `StopRequest` that SIGINT and SIGTERM fill in; the handlers before are put back at the end.
+    """Yield a `StopRequest` that SIGINT, SIGTERM and SIGHUP fill in; the handlers before are put back at the end.
 
     The second signal meets the handlers of before, which end the process at once; a save is atomic, so that is safe.
-    Outside the main thread, where Python takes no handlers, nothing is installed.
+    SIGHUP comes more than once when a terminal is closed, from the system and from the shell: it is one request, and
+    none where it was ignored before, as by ``nohup``. Outside the main thread, where Python takes no handlers, nothing
+    is installed.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
+    hang_up = signal.Signals.__members__.get("SIGHUP")  # Windows has none
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
+        before[hang_up] = signal.getsignal(hang_up)
 
     def put_back() -> None:
         for number, handler in before.items():
@@ -37,6 +42,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def ask(number: int, frame: FrameType | None) -> None:
         request.name = signal.Signals(number).name
         put_back()
+        if hang_up in before:
+            signal.signal(hang_up, signal.SIG_IGN)
 
     for number in before:
         signal.signal(number, ask)

@@ -7,6 +7,7 @@ import time
 import torch
 
 from hasten.data.batches import Batch
+from hasten.loop.leaving import readable
 from hasten.loop.state import State
 from hasten.model import loss_sum
 
@@ -19,7 +20,7 @@ def probe(state: State, *, passes: int = 2) -> float:
     """
     began = time.perf_counter()
     rows = state.batch_sizes.rows
-    batches, _ = state.batches.take(state.position, rows=rows)
+    batches = readable(state, rows)
     seq_len = state.recipe.lengths.seq_len
     window = torch.tensor(seq_len, device=state.device) if state.recipe.lengths.name == "window" else None
     seconds = {}

@@ -145,6 +145,8 @@ def _data(state: State) -> dict[str, Any]:
         "compile": graphs_since(state),
         "optimizer": _optimizer(state),
         "precision": state.recipe.precision.name,
+        "left_out": dict(state.notes.get("left_out", {})),
+        "rollbacks": state.guard.rollbacks,
         "seed": state.seed,
         "recipe_sha256": state.recipe.sha256,
         "corpus_sha256": state.data.corpus_sha256,

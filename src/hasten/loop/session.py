@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hasten import checkpoint
+from hasten.checkpoint import Writer
 from hasten.checks import (
     TRAINED_BYTES,
     Facts,
@@ -27,20 +28,35 @@ from hasten.data.preparation import prepare
 from hasten.data.reading import packing_reports
 from hasten.data.shards import PreparedData
 from hasten.duration import Duration
-from hasten.errors import RecipeError, printable
-from hasten.loop.between import between_steps, save, validate
+from hasten.errors import RecipeError, RunError, printable
+from hasten.loop.between import between_steps, newest_saved, save_last, validate
 from hasten.loop.branching import branch_recipe, read_parent, take_over
+from hasten.loop.changes import begin, write_agreed
+from hasten.loop.crashes import LONGEST_WAIT, hold_back, read_attempts, told_of_last
 from hasten.loop.finish import Result, finish, paused, stopped
+from hasten.loop.identity import Allowed, read_allow
 from hasten.loop.interrupt import stop_on_signals
 from hasten.loop.pausing import pause_point, pause_step
 from hasten.loop.proving import note_first_weights
-from hasten.loop.snapshots import restore
+from hasten.loop.recovery import goes_back_to_checkpoints
+from hasten.loop.saved import newest
+from hasten.loop.snapshots import snapshot_bytes
 from hasten.loop.state import State, packing_settings, pick_device, start
-from hasten.loop.steps import Event, Hook, Teller, advance
+from hasten.loop.steps import advance
+from hasten.loop.telling import Event, Hook, Teller
+from hasten.loop.terms import (
+    Settled,
+    Terms,
+    changed_recipe,
+    read_terms,
+    refuse_changed_end,
+    settle_early,
+    tell_changes,
+)
 from hasten.loop.timetable import Timetable
 from hasten.model import Decoder, count_parameters, read_model
 from hasten.recipe import Recipe, resolve
-from hasten.record import Record, RunFolder, cut_back, environment, read_events, read_result
+from hasten.record import Record, RunFolder, cut_back, environment, read_result
 
 
 def train(
@@ -50,6 +66,8 @@ def train(
     dry_run: bool = False,
     until: str | int | None = None,
     command: str | None = None,
+    allow: Iterable[str] = (),
+    longest_wait: float = LONGEST_WAIT,
     **settings: Any,
 ) -> Result:
     """Train a language model as a recipe says and return how the run ended.
@@ -66,6 +84,9 @@ def train(
         until: optimizer steps, or a share such as ``25%``, after which the run is evaluated, saved and left as
             ``paused``; no schedule notices, and the next call goes on bit for bit.
         command: the command line to write into the record.
+        allow: what may have changed in a run that goes on: keys of the recipe (``lr``), tables (``schedule``),
+            ``corpus``, ``tokenizer``, ``code``, ``torch``, ``device``; or ``crash-loop``.
+        longest_wait: seconds that a run which keeps dying at one step waits at most before it is tried again.
         **settings: any recipe key; ``data="my.txt"``, ``budget="60s"``, ``optimizer={"lr": 1e-3}``.
 
     Raises:
@@ -76,7 +97,7 @@ def train(
     """
     recipe, notes = _resolved(source, settings)
     pause = None if until is None else pause_point(until, recipe)
-    hooks = tuple(hooks)
+    hooks, allowed = tuple(hooks), read_allow(allow)
     tell = Teller(hooks)
     for note in notes:
         tell("note", message=note)
@@ -87,7 +108,7 @@ def train(
         # A folder is made only after everything was checked, so a wrong setting leaves nothing behind.
         if folder.path.is_dir():
             held.enter_context(folder.lock())
-        loaded, done = _continue_from(recipe, folder, pause, tell)
+        loaded, done, terms = _continue_from(recipe, folder, pause, allowed, tell)
         if done is not None and not dry_run:
             return done
         parent = read_parent(recipe) if recipe.branch_from and loaded is None else None
@@ -95,14 +116,17 @@ def train(
         if parent is not None:
             for message in take_over(state, parent):
                 tell("warning", message=message)
+        settled = begin(state, loaded, terms) if done is None else Settled()
         if dry_run:
             return Result("dry", "", folder.path, {})
         if not folder.path.is_dir():
             held.enter_context(folder.lock())
-        if loaded is not None:
-            restore(state, loaded.tensors, loaded.state)
-        with _open_record(state, folder) as record:
-            return _run(state, folder, record, hooks, command, pause)
+        attempts = read_attempts(folder)
+        loops = hold_back(state, folder, attempts, allowed, tell, longest_wait=longest_wait)
+        tell_changes(settled, loops, allowed, tell)
+        before = {**told_of_last(attempts), **settled.to_json(loops)}
+        with _open_record(state, folder, settled, len(attempts) + 1, tell) as record:
+            return _run(state, folder, record, hooks, command, pause, before)
 
 
 def _resolved(source: Recipe | str | Path | None, settings: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
@@ -119,24 +143,40 @@ def _resolved(source: Recipe | str | Path | None, settings: Mapping[str, Any]) -
 
 
 def _continue_from(
-    recipe: Recipe, folder: RunFolder, pause: Duration | None, tell: Teller
-) -> tuple[checkpoint.Loaded | None, Result | None]:
-    """Return the checkpoint to go on from, if any, and the result if nothing is left to do."""
-    _refuse_other_recipe(recipe, folder)
-    loaded, notes = checkpoint.newest(folder.checkpoints)
+    recipe: Recipe, folder: RunFolder, pause: Duration | None, allowed: Allowed, tell: Teller
+) -> tuple[checkpoint.Loaded | None, Result | None, Terms]:
+    """Return the checkpoint to go on from, if any, the result if nothing is left to do, and what may have changed."""
+    loaded, notes = newest(folder.checkpoints)
     for note in notes:
         tell("warning", message=note)
-    result = read_result(folder)
+    result, terms = _read_end(folder), read_terms(folder, loaded, allowed)
     if result is None:
-        return loaded, None
+        settle_early(terms, recipe)
+        return loaded, None, terms
     # A finished run whose checkpoints were cleaned away is finished all the same; one whose last checkpoint was
     # damaged goes on from the older one.
     is_done = result["status"] == "finished" and (loaded is None or loaded.state["status"] == "finished")
     if result["status"] == "paused" and pause is not None and loaded is not None:
         is_done = min(result["steps"], loaded.state["step"]) >= pause_step(pause, result["total_steps"])
-    if is_done or result["status"] == "diverged":
-        return loaded, Result(result["status"], result["reason"], folder.path, result, already_finished=True)
-    return loaded, None
+    is_done = is_done or result["status"] == "diverged"
+    if is_done and result["status"] == "finished":
+        refuse_changed_end(terms, recipe)
+    if not is_done or changed_recipe(terms, recipe):
+        settle_early(terms, recipe)
+        return loaded, None, terms
+    return loaded, Result(result["status"], result["reason"], folder.path, result, already_finished=True), terms
+
+
+def _read_end(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the result that a run left, None where there is none, of which anyone may have written the file."""
+    result = read_result(folder)
+    is_odd = result is not None and (
+        not isinstance(result.get("status"), str)
+        or any(type(result.get(key, 0)) is not int for key in ("steps", "total_steps"))
+    )
+    if is_odd:
+        raise RunError(f"{printable(str(folder.result_path))} is damaged; delete it and give the same command again.")
+    return result
 
 
 def _checked_state(recipe: Recipe, folder: RunFolder, tell: Teller) -> State:
@@ -181,32 +221,20 @@ def _facts(state: State, folder: RunFolder, planned_steps: int | None = None) ->
         width=state.config.width,
         micro_rows=state.batch_sizes.micro_rows,
         steps_per_epoch=state.steps_per_epoch,
-        needed_bytes=TRAINED_BYTES * count_parameters(state.config) + plan.state_bytes,
+        needed_bytes=TRAINED_BYTES * count_parameters(state.config)
+        + plan.state_bytes
+        + snapshot_bytes(state, plan.state_bytes),
         memory_bytes=machine_bytes(state.device),
         window_saves=state.model.attention_choice(state.config.seq_len, windowed=True).backend != "dense",
     )
 
 
-def _write_once(state: State, folder: RunFolder) -> None:
-    """Write the recipe and the tokenizer, each whole or not at all: a kill in between must not change the run."""
-    if not folder.recipe_path.exists():
-        half = folder.recipe_path.with_name("recipe.toml.tmp")
-        half.write_text(state.recipe.to_toml(), encoding="utf-8")
-        half.replace(folder.recipe_path)
-    if not folder.tokenizer.exists():
-        half = folder.tokenizer.with_name("tokenizer.tmp")
-        half.mkdir(exist_ok=True)
-        state.data.tokenizer.save(half, model_max_length=state.config.seq_len)
-        half.replace(folder.tokenizer)
-
-
 @contextmanager
-def _open_record(state: State, folder: RunFolder) -> Iterator[Record]:
+def _open_record(state: State, folder: RunFolder, settled: Settled, attempt: int, tell: Teller) -> Iterator[Record]:
     """Yield the record of this attempt; what an earlier attempt logged after its last checkpoint is cut off first."""
-    _write_once(state, folder)
-    attempt = 1 + sum(event["kind"] in ("start", "resume") for event in read_events(folder))
+    write_agreed(state, folder, settled)
     cut_back(folder, state.step)
-    record = Record(folder, attempt)
+    record = Record(folder, attempt, on_trouble=lambda message: tell("warning", message=message))
     try:
         yield record
     finally:
@@ -220,44 +248,54 @@ def _run(
     hooks: tuple[Hook, ...],
     command: str | None,
     pause: Duration | None,
+    before: Mapping[str, Any],
 ) -> Result:
     def write(event: Event) -> None:
         if event.kind == "step":
             record.metric(step=event.step, **event.values)
+        elif event.kind == "saving":
+            record.sync()
         else:
+            if event.kind == "rollback":
+                record.cut_back(event.step)
             record.event(event.kind, step=event.step, **event.values)
 
     hooks = (write, *hooks)
     tell = Teller(hooks, state)
     note_first_weights(state)
-    _tell_start(state, tell, command)
-    if state.step == 0 and "branch" in state.notes:
-        tell("branch", **state.notes["branch"])
-        save(state, folder, tell)  # from here on the branch needs the other run no more
-    with stop_on_signals() as request:
-        if state.status == "running":
-            timetable = Timetable(state, tell)
-            fitting = timetable.begin(state)
-            if fitting is not None:
-                _report(check_horizon(state.recipe, _facts(state, folder, fitting)), tell)
+    _tell_start(state, tell, command, before)
+    with Writer(folder.checkpoints, state.recipe.checkpoint.keep) as writer:
+        with stop_on_signals() as request:
+            if goes_back_to_checkpoints(state):
+                state.kept = lambda: newest_saved(writer, tell)
+            if state.step == 0 and "branch" in state.notes:
+                tell("branch", **state.notes["branch"])
+                save_last(state, writer, tell)  # from here on the branch needs the other run no more
+            elif goes_back_to_checkpoints(state) and (state.step == 0 or "allowed" in before):
+                save_last(state, writer, tell)
+            if state.status == "running":
+                timetable = Timetable(state, tell)
+                fitting = timetable.begin(state)
+                if fitting is not None:
+                    _report(check_horizon(state.recipe, _facts(state, folder, fitting)), tell)
 
-            def end() -> int:  # a wall-clock budget moves it
-                return state.total_steps if pause is None else pause_step(pause, state.total_steps)
+                def end() -> int:  # a wall-clock budget moves it
+                    return state.total_steps if pause is None else pause_step(pause, state.total_steps)
 
-            while state.status == "running" and state.step < end() and not request.name:
-                advance(
-                    state,
-                    end(),
-                    hooks=hooks,
-                    pause=lambda state: bool(request.name) or timetable.is_due(state),
-                )
-                if state.status == "running":
-                    between_steps(state, folder, timetable, tell)
-            if request.name and state.status == "running" and state.step < state.total_steps:
-                return stopped(state, folder, tell, request.name)
-            if pause is not None and state.status == "running" and state.step < state.total_steps:
-                return paused(state, folder, tell, f"until={pause}")
-    return finish(state, folder, tell)
+                while state.status == "running" and state.step < end() and not request.name:
+                    advance(
+                        state,
+                        end(),
+                        hooks=hooks,
+                        pause=lambda state: bool(request.name) or timetable.is_due(state),
+                    )
+                    if state.status == "running":
+                        between_steps(state, writer, timetable, tell)
+                if request.name and state.status == "running" and state.step < state.total_steps:
+                    return stopped(state, folder, writer, tell, request.name)
+                if pause is not None and state.status == "running" and state.step < state.total_steps:
+                    return paused(state, folder, writer, tell, f"until={pause}")
+        return finish(state, folder, writer, tell)
 
 
 def _attention(state: State) -> dict[str, Any]:
@@ -269,10 +307,10 @@ def _attention(state: State) -> dict[str, Any]:
     return {str(n): dataclasses.asdict(state.model.attention_choice(n, windowed=windowed)) for n in lengths}
 
 
-def _tell_start(state: State, tell: Teller, command: str | None) -> None:
-    """Say what is about to run, and how good the untrained model is (once in a run)."""
+def _tell_start(state: State, tell: Teller, command: str | None, before: Mapping[str, Any]) -> None:
+    """Say what is about to run and what was `before`, and how good the untrained model is (once in a run)."""
     if state.step:
-        tell("resume", seconds=state.clock.seconds, environment=environment(), command=command)
+        tell("resume", seconds=state.clock.seconds, environment=environment(), command=command, **before)
     else:
         manifest = state.data.manifest
         tell(
@@ -298,6 +336,7 @@ def _tell_start(state: State, tell: Teller, command: str | None) -> None:
             micro_rows=state.batches.micro_rows,
             attention=_attention(state),
             device=str(state.device),
+            **before,
         )
     if "untrained" not in state.notes:
         evaluation = validate(state, max_tokens=state.recipe.evaluate.tokens)
@@ -343,14 +382,3 @@ def _final_folder(run: str) -> Path:
     raise RecipeError(
         f"init_from={printable(run)} holds no trained model; give a finished run folder or a model folder."
     )
-
-
-def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
-    if not folder.recipe_path.exists():
-        return
-    changed = resolve(folder.recipe_path).recipe.difference(recipe, ignore=recipe.free_on_resume)
-    if changed:
-        raise RecipeError(
-            f"{printable(str(folder.path))} holds a run of another recipe ({'; '.join(changed[:4])}); "
-            "give another out=, or delete the folder."
-        )

@@ -5,17 +5,71 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten import checkpoint
-from hasten.errors import RecipeError
-from hasten.loop.state import Clock, State, build_schedule, weights_to_evaluate
+from hasten.errors import CheckpointError, RecipeError, printable
+from hasten.loop.identity import identity
+from hasten.loop.state import Clock, Jump, State, build_schedule, nothing_kept, weights_to_evaluate
 from hasten.schedules import Progress
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at a step, in memory of its own: what a checkpoint of it would hold."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    plain: dict[str, Any]
+
+
+def snapshot(state: State) -> Snapshot | None:
+    """Return a copy of `state` on the CPU, which training goes on without changing; None if it is not all finite."""
+    tensors, plain = capture(state)
+    if not _is_finite(tensors):
+        return None
+    if keeps_in_memory(state):
+        state.kept = nothing_kept  # its memory is free before the new one is copied
+    held = {
+        group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+        for group, named in tensors.items()
+    }
+    return Snapshot(state.step, held, copy.deepcopy(plain))
+
+
+def keeps_in_memory(state: State) -> bool:
+    """Say whether the state to go back to is kept in memory."""
+    return state.guard.allows_rollback and state.recipe.guard.snapshot == "memory"
+
+
+def hold(state: State, kept: Snapshot | None) -> None:
+    """Let `kept` be what `state` goes back to, unless it is None, which the snapshot of a broken state is."""
+    if kept is not None and keeps_in_memory(state):
+        state.kept = lambda: kept
+
+
+def snapshot_bytes(state: State, state_bytes: int) -> int:
+    """Return the bytes of the snapshot that a run holds where it trains, on a CPU; 0 on a device of its own.
+
+    Args:
+        state: of the run.
+        state_bytes: of its optimizer.
+    """
+    if state.device.type != "cpu" or not keeps_in_memory(state):
+        return 0
+    return state_bytes + sum(4 * master.numel() for master in state.precision.named_masters().values())
+
+
+def _is_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Say whether every number of the state is finite; a sum tells of most without a mask of the tensor's size."""
+    floating = [t for named in tensors.values() for t in named.values() if t.is_floating_point() and t.numel()]
+    return all(bool(t.sum().isfinite()) or bool(t.isfinite().all()) for t in floating)
 
 
 def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -31,11 +85,12 @@ def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
             tensors["averaged"] = {name: p.detach().clone() for name, p in state.precision.named_masters().items()}
     plain = {
         "format": STATE_FORMAT,
+        "identity": identity(state),
         "step": state.step,
         "position": list(state.position),
         "tokens": state.tokens,
         "seconds": state.clock.seconds,
-        "phases": state.phases,
+        "phases": dict(state.phases),
         "status": state.status,
         "reason": state.reason,
         "seed": state.seed,
@@ -43,6 +98,8 @@ def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
         "schedule_steps": state.schedule_steps,
         "precision": state.precision.state_dict(),
         "guard": state.guard.state_dict(),
+        "clip": state.clip.state_dict(),
+        "jumps": [dataclasses.asdict(jump) for jump in state.jumps],
         "optimizer": optimizer_layout,
         "notes": copy.deepcopy(state.notes),
         "model": dataclasses.asdict(state.config),
@@ -54,6 +111,7 @@ def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
 def restore(state: State, tensors: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Any]) -> None:
     """Put a freshly started `state` where the checkpoint was, bit for bit."""
+    plain = _current(state, plain)
     _refuse_other_data(state, plain)
     masters = state.precision.named_masters()
     saved = tensors["model"]
@@ -69,6 +127,10 @@ def restore(state: State, tensors: Mapping[str, Mapping[str, Tensor]], plain: Ma
     state.optimizer.load_state_dict(checkpoint.unpack(tensors["optimizer"], plain["optimizer"]))
     state.precision.load_state_dict(plain["precision"])
     state.guard.load_state_dict(plain["guard"])
+    state.clip.load_state_dict(plain["clip"])
+    state.jumps = [_jump(jump) for jump in plain["jumps"]]
+    if "micro_rows" in plain["notes"]:
+        state.batches.micro_rows = plain["notes"]["micro_rows"]
     torch.set_rng_state(tensors["random"]["torch"])
     for name in ("step", "tokens", "status", "reason"):
         setattr(state, name, plain[name])
@@ -79,6 +141,24 @@ def restore(state: State, tensors: Mapping[str, Mapping[str, Tensor]], plain: Ma
     if plain["progress"] is not None:
         state.progress = Progress.from_json(plain["progress"])
         build_schedule(state, plain["schedule_steps"])
+    # The run that was never interrupted holds what it saved last too, so both go back to the same state.
+    hold(state, Snapshot(plain["step"], dict(tensors), dict(plain)))
+
+
+def _current(state: State, plain: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the plain data of a checkpoint in the present format; what an older one had not is as at a fresh start.
+
+    Raises:
+        CheckpointError: a newer hasten wrote it.
+    """
+    if plain["format"] == STATE_FORMAT:
+        return plain
+    if plain["format"] != 2:
+        raise CheckpointError(
+            f"The checkpoint's state has format {printable(str(plain['format']))[:20]}, and this hasten reads 2 and "
+            f"{STATE_FORMAT}; use the hasten that wrote it."
+        )
+    return {**plain, "guard": state.guard.state_dict(), "clip": state.clip.state_dict(), "jumps": [], "bad": None}
 
 
 def _refuse_other_data(state: State, plain: Mapping[str, Any]) -> None:
@@ -92,3 +172,7 @@ def _refuse_other_data(state: State, plain: Mapping[str, Any]) -> None:
                 f"The {what} changed since this run was saved (was {saved[:12]}, is {given[:12]}); "
                 "restore it, or start a new run with another out=."
             )
+
+
+def _jump(plain: Mapping[str, Any]) -> Jump:
+    return Jump(tuple(plain["begin"]), tuple(plain["end"]), plain["tokens"])

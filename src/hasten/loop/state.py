@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,11 +51,25 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Jump:
+    """A stretch of the data that nobody reads: at position `begin` the run goes on at `end`, past `tokens` places."""
+
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+    tokens: int
+
+
+def nothing_kept() -> None:
+    """Say that there is no earlier state to go back to."""
+
+
+@dataclass(frozen=True)
 class Shape:
     """What an optimizer step looks like: how far the run is, and what the schedules make of it.
 
     `rows` of full length is how much it reads, `length` the longest row it may have, `window` how far back a token
-    looks (None: no limit), `lr_factor` what the learning rate is multiplied by for the size of the step.
+    looks (None: no limit), `lr_factor` what the learning rate is multiplied by for the size of the step
+    and by the guard.
     """
 
     progress: float
@@ -73,7 +87,8 @@ class State:
     trained. `progress` maps steps to [0, 1]; it is None until a wall-clock budget has been planned, and so are the
     schedules that live on it: `schedules` of the optimizer's settings, `lengths` of rows, `window` of attention.
     `clock` is what a wall-clock budget is held against, `phases` says what its seconds went into, and `work` how many
-    steps of full size this attempt has done the like of.
+    steps of full size this attempt has done the like of. `jumps` are the stretches of the data that are damaged and
+    left out; `kept` returns the state to go back to.
     """
 
     recipe: Recipe
@@ -104,6 +119,8 @@ class State:
     reason: str = ""
     phases: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    jumps: list[Jump] = field(default_factory=list)
+    kept: Callable[[], Any] = nothing_kept
 
     @property
     def total_steps(self) -> int:
@@ -143,7 +160,7 @@ class State:
             rows=self.batch_sizes(progress),
             length=self.lengths(progress, self.step),
             window=None if window is None else torch.tensor(window, device=self.device),
-            lr_factor=self.batch_sizes.lr_factor(progress),
+            lr_factor=self.batch_sizes.lr_factor(progress) * self.guard.rate_factor,
         )
 
     def work_at(self, progress: float, step: int) -> float:
@@ -251,7 +268,7 @@ def start(
         buffers=Buffers(recipe.data.document_mask),
         batch_sizes=batch_sizes,
         position=source.begin,
-        guard=Guard(),
+        guard=recipe.guard.build(),
         device=device,
         seed=seed,
     )

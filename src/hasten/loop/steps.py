@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hasten.clip import ClipReport
 from hasten.data.batches import Batch
+from hasten.errors import DamagedData, RunError, printable
+from hasten.guard import Verdict
+from hasten.loop.leaving import GUARDED, count_left_out, documents_at, jump, leave_out_damaged
 from hasten.loop.proving import Told, count_step, settings_now
+from hasten.loop.recovery import go_back, keep_place
 from hasten.loop.state import Shape, State
+from hasten.loop.telling import Event, Hook, Teller
 from hasten.loop.watching import watched
 from hasten.model import loss_sum
 from hasten.model.loss import NO_TARGET
@@ -21,34 +27,11 @@ from hasten.schedules import apply
 
 
 @dataclass(frozen=True)
-class Event:
-    """Something that happened in a run: its kind, the step it happened at, and what there is to know of it."""
-
-    kind: str
-    step: int
-    values: Mapping[str, Any]
-
-
-# A hook looks at events. It may never change training, so the order of hooks never matters.
-Hook = Callable[[Event], None]
-
-
-class Teller:
-    """Tells every hook what happened: ``tell("evaluation", val_loss=...)``."""
-
-    def __init__(self, hooks: Iterable[Hook], state: State | None = None) -> None:
-        self._hooks = tuple(hooks)
-        self._state = state
-
-    def __call__(self, kind: str, **values: Any) -> None:
-        event = Event(kind, self._state.step if self._state else 0, values)
-        for hook in self._hooks:
-            hook(event)
-
-
-@dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did; tensors are still on the device and are read a step later."""
+    """What one optimizer step did; tensors are still on the device and are read a step later.
+
+    `verdict` is the guard's, None where it has not been asked yet; `skipped` says whether the update was left out.
+    """
 
     loss: Tensor
     norm: Tensor
@@ -63,6 +46,11 @@ class StepReport:
     seconds: float
     step_seconds: float
     told: Told
+    verdict: Verdict | None
+
+
+class NoMemory(Exception):
+    """A forward or backward pass found no memory; nothing of the state has changed."""
 
 
 def advance(
@@ -71,7 +59,8 @@ def advance(
     """Train until `stop` steps are done, the run diverges, or `pause` says so; return the same state.
 
     Stopping never touches a schedule: schedules see `state.progress`, which `start` fixed. Training on from the
-    returned state, or from a checkpoint of it, gives the same bits as never having stopped.
+    returned state, or from a checkpoint of it, gives the same bits as never having stopped. What the guard says is
+    done here: a step's update is left out, or the run goes back to an earlier state and `state.step` with it.
 
     Args:
         stop: optimizer steps done in all, at most the horizon.
@@ -79,13 +68,20 @@ def advance(
         pause: asked after every step; True returns early.
     """
     hooks = tuple(hooks)
+    tell = Teller(hooks, state)
     waiting: StepReport | None = None
     while state.step < stop and state.status == "running":
-        report = train_step(state)
+        keep_place(state)
+        report = train_step(state, tell)
         # The device is already busy with this step while the one before is read: no stall on a GPU.
         if waiting is not None:
             _tell(state, state.step - 1, waiting, hooks)
         waiting = report
+        if report.verdict is not None and report.verdict.action in ("rollback", "diverged"):
+            _tell(state, state.step, waiting, hooks)
+            waiting = None
+            if report.verdict.action == "rollback":
+                go_back(state, tell, report.verdict.reason)
         if pause is not None and pause(state):
             break
     if waiting is not None:
@@ -93,16 +89,31 @@ def advance(
     return state
 
 
-def train_step(state: State) -> StepReport:
-    """Do one optimizer step: forward and backward over its micro-batches, clip, update.
+def train_step(state: State, tell: Teller | None = None) -> StepReport:
+    """Do one optimizer step: forward and backward over its micro-batches, clip, ask the guard, update.
+
+    Where the passes find no memory, the step is done again in micro-batches half as large, with the same tokens.
 
     The loss is the mean over the real target tokens of the whole step, so neither the number of micro-batches nor
     padding changes it. Reference for the order of things: Goyal et al., arXiv:1706.02677, section 3 (normalise over
     the global mini-batch).
+
+    Raises:
+        RunError: there is no memory for a micro-batch of one row either.
     """
+    tell = tell or Teller((), state)
+    while True:
+        try:
+            return _step(state, tell)
+        except NoMemory as error:
+            shortage = str(error)
+        _halve(state, tell, shortage)
+
+
+def _step(state: State, tell: Teller) -> StepReport:
     began = time.perf_counter()
     shape = state.shape()
-    batches, position = state.take(shape)
+    begin, batches, position = _take(state, shape, tell)
     num_targets = sum(batch.num_targets for batch in batches)
     gathered = time.perf_counter()
 
@@ -110,21 +121,31 @@ def train_step(state: State) -> StepReport:
     for group in state.optimizer.param_groups:
         group["lr"] *= shape.lr_factor
     settings = settings_now(state, shape)
-    loss = 0.0
-    with watched(state, batches, shape) as watch:
-        for batch in batches:
-            share = batch_loss(state, batch, shape) / num_targets
-            state.precision.backward(share)
-            loss = loss + share.detach()
-        update = state.precision.step(state.optimizer, watch.clip)
+    verdict: Verdict | None = None
+    row_length = batches[0].tokens_BT.shape[1]
 
+    def accept(seen: ClipReport, overflowed: bool) -> bool:
+        nonlocal verdict
+        if state.guard.is_active:  # else nothing waits for the device here, and the loss is judged a step later
+            verdict = state.guard.judge(float(loss), float(seen.norm), overflowed=overflowed, length=row_length)
+        return verdict is None or verdict.action == "go"
+
+    with watched(state, batches, shape) as watch:
+        loss = _backward(state, batches, shape, num_targets)
+        update = state.precision.step(state.optimizer, watch.clip, accept)
+
+    is_good = verdict is None or verdict.action == "go"
     state.work += state.work_at(shape.progress, state.step)
     state.step += 1
-    if _estimate_is_due(state):
+    if is_good and _estimate_is_due(state):
         _estimate(state, batches, shape, num_targets)
         watch.looks["estimates"] = {"done": 1}
     state.position = position
-    state.tokens += num_targets
+    state.tokens += num_targets if is_good else 0
+    if not is_good:
+        count_left_out(state, GUARDED, num_targets)
+    if verdict is not None and verdict.cause:
+        _tell_verdict(state, tell, verdict, shape, begin, float(loss), float(update.norm))
     done = time.perf_counter()
     state.spend("data", gathered - began)
     state.spend("train", done - gathered)
@@ -136,7 +157,7 @@ def train_step(state: State) -> StepReport:
         loss_scale=update.loss_scale,
         lr=state.recipe.optimizer.lr * state.schedule(shape.progress) * shape.lr_factor,
         progress=shape.progress,
-        seq_len=batches[0].tokens_BT.shape[1],
+        seq_len=row_length,
         num_targets=num_targets,
         tokens=state.tokens,
         seconds=state.clock.seconds,
@@ -144,12 +165,93 @@ def train_step(state: State) -> StepReport:
         told=Told(
             targets=num_targets,
             positions=sum(batch.tokens_BT.numel() for batch in batches),
-            seq_len=batches[0].tokens_BT.shape[1],
+            seq_len=row_length,
             micro_batches=len(batches),
             window=shape.window,
             groups=settings,
             looks=watch.looks,
         ),
+        verdict=verdict,
+    )
+
+
+def _take(state: State, shape: Shape, tell: Teller) -> tuple[tuple[int, ...], list[Batch], tuple[int, ...]]:
+    """Return where the next step begins that is not left out, its micro-batches, and where it ends.
+
+    Raises:
+        DamagedData: the recipe says to stop, or a whole epoch is damaged.
+    """
+    for _ in range(math.ceil(state.steps_per_epoch)):
+        jump(state)
+        try:
+            return state.position, *state.take(shape)
+        except DamagedData as damage:
+            if state.recipe.data.on_damage == "stop":
+                raise
+            leave_out_damaged(state, shape, tell, damage)
+    return state.position, *state.take(shape)
+
+
+def _backward(state: State, batches: list[Batch], shape: Shape, num_targets: int) -> Tensor:
+    """Do the forward and backward passes of a step and return its mean loss, still on the device.
+
+    Raises:
+        NoMemory: there is too little.
+    """
+    loss = torch.zeros((), device=state.device)
+    try:
+        for batch in batches:
+            share = batch_loss(state, batch, shape) / num_targets
+            state.precision.backward(share)
+            loss = loss + share.detach()
+    except (MemoryError, RuntimeError) as error:
+        if not _is_shortage(error):
+            raise
+        raise NoMemory(str(error).splitlines()[0]) from None
+    return loss
+
+
+def _is_shortage(error: BaseException) -> bool:
+    """Say whether there was no memory; on a CPU that is a plain RuntimeError, known by its words alone."""
+    words = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
+def _halve(state: State, tell: Teller, shortage: str) -> None:
+    """Let every step from here on have micro-batches of half as many rows."""
+    state.model.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.device.type == "cuda":
+        torch.cuda.empty_cache()
+    rows = state.batches.micro_rows
+    if rows == 1:
+        raise RunError(
+            f"There is no memory for step {state.step + 1}, though its micro-batches have one row of "
+            f"{state.recipe.lengths.seq_len} tokens ({printable(shortage)[:200]}): give shorter rows, a smaller model "
+            "or optimizer.state_format=8bit; the newest checkpoint is whole."
+        )
+    state.batches.micro_rows = state.notes["micro_rows"] = rows // 2
+    tell(
+        "warning",
+        message=f"There was no memory for micro-batches of {rows} rows at step {state.step + 1}: from here on they "
+        f"have {rows // 2}, and a step has as many tokens as before.",
+    )
+
+
+def _tell_verdict(
+    state: State, tell: Teller, verdict: Verdict, shape: Shape, begin: tuple[int, ...], loss: float, norm: float
+) -> None:
+    """Tell that a step was found bad, and which documents it read."""
+    tell(
+        "bad_step",
+        action=verdict.action,
+        cause=verdict.cause,
+        spike=verdict.kind,
+        reason=verdict.reason,
+        loss=loss,
+        grad_norm=norm,
+        position=list(begin),
+        documents=documents_at(state, begin, shape),
     )
 
 
@@ -184,8 +286,8 @@ def _tell(state: State, step: int, report: StepReport, hooks: tuple[Hook, ...]) 
     loss, norm = float(report.loss), float(report.norm)
     clipped = bool(report.clipped)
     count_step(state, report.told, norm=norm, clipped=clipped, skipped=report.skipped, loss_scale=report.loss_scale)
-    verdict = state.guard.judge(loss, norm, skipped=report.skipped)
-    if verdict.diverged:
+    verdict = report.verdict or state.guard.judge(loss, norm, overflowed=report.skipped)
+    if verdict.action == "diverged":
         state.status, state.reason = "diverged", verdict.reason
     values = {
         "loss": loss,

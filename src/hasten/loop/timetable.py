@@ -8,7 +8,7 @@ from hasten.duration import Duration
 from hasten.loop.compiling import choose_compile
 from hasten.loop.probing import probe
 from hasten.loop.state import State, replan, set_horizon
-from hasten.loop.steps import Teller
+from hasten.loop.telling import Teller
 from hasten.pacing import Pace, steps_that_fit, worth_planning_again
 
 # A wall-clock budget is planned again at most this often (as a share of it), and once more just before the cool-down.

@@ -9,6 +9,7 @@ D head dimension, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,8 @@ class Decoder(nn.Module):
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
         # The length of a model from a file is only claimed: beyond a measure the angles are computed as rows come.
-        cosine_TD, sine_TD = _rotary_tables(config, config.seq_len if seed is not None else min(config.seq_len, 1 << 15))
+        length = config.seq_len if seed is not None else min(config.seq_len, 1 << 15)
+        cosine_TD, sine_TD = _rotary_tables(config, length)
         self.register_buffer("cosine_TD", cosine_TD, persistent=False)
         self.register_buffer("sine_TD", sine_TD, persistent=False)
         if seed is not None:
@@ -347,6 +349,7 @@ def _initialise(model: Decoder, seed: int) -> None:
             parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
 
 
+@functools.lru_cache(maxsize=64)  # a run asks four times before its first step, at 10 ms each
 def count_parameters(config: ModelConfig) -> int:
     """Return how many weights a `Decoder` of this shape has, a tied head counted once."""
     return sum(parameter.numel() for parameter in Decoder(config, seed=None).parameters())

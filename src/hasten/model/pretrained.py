@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hasten.errors import RecipeError, RunError, printable
+from hasten.errors import RecipeError, RunError, one_line, printable
+from hasten.files import MOST_BYTES, open_regular, parse_json, read_bytes
 from hasten.model.decoder import Decoder
 from hasten.model.shape import ModelConfig
+
+# Rows of positions cost memory before the first token is read; the longest rows of models in use have about this many.
+MOST_POSITIONS = 1 << 21
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -49,7 +53,7 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
         RunError: another architecture, or an option of this one that `Decoder` does not have.
     """
     if values.get("model_type") != "qwen3":
-        kind = printable(repr(values.get("model_type")))
+        kind = one_line(repr(values.get("model_type")))
         raise RunError(f"config.json describes a model of type {kind}; hasten reads 'qwen3' only")
     rope_key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"  # transformers 5 and 4
     rope = values.get(rope_key) or {}
@@ -63,7 +67,7 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     }
     for name, is_refused in refused.items():
         if is_refused:
-            given = printable(repr(values.get(name)))[:80]
+            given = one_line(repr(values.get(name)))
             raise RunError(
                 f"config.json sets {name} = {given}; hasten's decoder has no such option, use transformers for it"
             )
@@ -86,7 +90,7 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     except KeyError as missing:
         raise RunError(f"config.json has no {missing}; it must describe a whole Qwen3 model") from None
     except RecipeError as wrong:
-        raise RunError(f"config.json cannot be used: {wrong}") from None
+        raise RunError(f"config.json cannot be used: {one_line(str(wrong), 200)}") from None
 
 
 def read_model(folder: str | Path) -> Decoder:
@@ -98,11 +102,12 @@ def read_model(folder: str | Path) -> Decoder:
     folder = Path(folder)
     config = config_from_hf(_read_json(folder / "config.json"))
     tensors = _read_weights(folder)
-    if config.tied:
-        tensors.setdefault("lm_head.weight", tensors.get("model.embed_tokens.weight"))
+    if config.tied and "model.embed_tokens.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    _refuse_giant(config, len(tensors), folder)
     model = Decoder(config, seed=None)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise RunError(
@@ -115,14 +120,29 @@ def read_model(folder: str | Path) -> Decoder:
     return model
 
 
+def _refuse_giant(config: ModelConfig, num_tensors: int, folder: Path) -> None:
+    """Refuse a shape that its weights cannot have before anything of its size is made."""
+    giant = {
+        "num_hidden_layers": config.num_layers > num_tensors,
+        "max_position_embeddings": config.seq_len > MOST_POSITIONS,
+        "a width": max(config.vocab_size, config.width, config.mlp_width, config.head_dim, config.num_heads) > 1 << 31,
+    }
+    for name, is_giant in giant.items():
+        if is_giant:
+            raise RunError(
+                f"config.json in {printable(str(folder))} is of a giant model ({name}), and its weights are not; "
+                "export the model again"
+            )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_bytes(path))
     except FileNotFoundError:
         raise RunError(f"there is no {printable(str(path))}; give the folder of an exported model") from None
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{printable(str(path))} cannot be read ({printable(str(error))}); export the model again"
+            f"{printable(str(path))} cannot be read ({one_line(_reason(error), 200)}); export the model again"
         ) from None
     if not isinstance(values, dict):
         raise RunError(f"{printable(str(path))} holds no table of settings; export the model again")
@@ -139,9 +159,22 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     for name in names:
         path = printable(str(folder / name))
         try:
+            with open_regular(folder / name) as file:
+                _refuse_giant_header(file)
             tensors |= load_file(folder / name)
         except FileNotFoundError:
             raise RunError(f"there is no {path}; hasten reads weights from safetensors files only") from None
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{path} cannot be read ({printable(str(error))}); export the model again") from None
+        except (OSError, ValueError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
+            raise RunError(f"{path} cannot be read ({one_line(_reason(error), 200)}); export the model again") from None
     return tensors
+
+
+def _refuse_giant_header(file: BinaryIO) -> None:
+    """Refuse a header longer than its file, or than names of tensors can be: it would be read into memory whole."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(os.fstat(file.fileno()).st_size, MOST_BYTES):
+        raise ValueError(f"it claims a header of {length:,} bytes")
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or "no reason given") if isinstance(error, OSError) else str(error)

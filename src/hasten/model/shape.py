@@ -46,7 +46,7 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type == "int" and (type(value) is not int or value < 1):
                 raise RecipeError(f"model.{field.name} is {value!r}; it must be a whole number of at least 1")
-            if field.type == "float" and (type(value) not in (int, float) or not 0 < value < float("inf")):
+            if field.type == "float" and (type(value) not in (int, float) or not 0 < value < 1e300):
                 raise RecipeError(f"model.{field.name} is {value!r}; it must be a number above 0")
         if type(self.tied) is not bool:
             raise RecipeError(f"model.tied is {self.tied!r}; it must be true or false")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hasten.checks.capacity import held_bytes
+from hasten.loop.snapshots import snapshot_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,8 @@ class Memory:
         is_measured: whether `total` is the peak of real steps in a process of their own; if not, it is the sum of
             what was counted and of what this process held before.
         machine: bytes that there are; 0 where nobody says.
+        snapshot: on a CPU, the copy of weights and optimizer state that the guard goes back to and checkpoints are
+            written from.
     """
 
     weights: int
@@ -43,6 +46,7 @@ class Memory:
     total: int
     is_measured: bool
     machine: int = 0
+    snapshot: int = 0
 
 
 def estimated(state: State, *, optimizer_state: int, machine: int) -> Memory:
@@ -69,6 +73,7 @@ def estimated(state: State, *, optimizer_state: int, machine: int) -> Memory:
         total=0,
         is_measured=False,
         machine=machine,
+        snapshot=snapshot_bytes(state, optimizer_state),
     )
     return replace(parts, total=_sum(parts))
 
@@ -127,7 +132,7 @@ def _logits(state: State) -> int:
 
 def _sum(memory: Memory) -> int:
     parts = (memory.weights, memory.gradients, memory.optimizer_state, memory.activations, memory.logits, memory.other)
-    return sum(parts)
+    return sum(parts) + memory.snapshot
 
 
 def _bytes(tensor: Tensor) -> int:

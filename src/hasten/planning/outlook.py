@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from hasten.duration import Duration
@@ -28,6 +29,7 @@ class Curve:
         values: at each of those.
         total_steps: of the run; None while it is not known, so that only shares of it are.
         by_steps: whether a value holds until the next one, as a row length does.
+        tokens: read by then, rising; None while not known.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Curve:
     values: tuple[float, ...]
     total_steps: int | None = None
     by_steps: bool = False
+    tokens: tuple[float, ...] | None = None
 
 
 def known_steps(recipe: Recipe) -> int | None:
@@ -58,6 +61,7 @@ def curves(
     label: str = "",
     lengths: Callable[[float], float] | None = None,
     rows: Callable[[float], float] | None = None,
+    utilisation: float = 1.0,
 ) -> tuple[Curve, ...]:
     """Return what a run of `recipe` does over its progress, the learning rate first.
 
@@ -70,6 +74,7 @@ def curves(
         label: of the recipe, where several are compared.
         lengths: tokens of the longest row at a progress; None: the recipe's.
         rows: full rows of a step at a progress; None: the recipe's.
+        utilisation: share of the positions that carry loss, above 0: these are the tokens that are counted.
 
     Raises:
         RecipeError: a span of the recipe is counted in steps or tokens, and the run's steps are not known.
@@ -89,9 +94,10 @@ def curves(
     rows = rows or sizes
     number = min(total_steps or POINTS, POINTS)
     progress = tuple(point / number for point in range(number + 1))
+    tokens = _tokens(rows, number, total_steps, seq_len * utilisation) if total_steps else None
 
     def curve(name: str, value: Callable[[float], float], *, by_steps: bool = False) -> Curve:
-        return Curve(name, label, progress, tuple(value(x) for x in progress), total_steps, by_steps)
+        return Curve(name, label, progress, tuple(value(x) for x in progress), total_steps, by_steps, tokens)
 
     found = [curve("learning rate", lambda x: optimizer.lr * schedules["lr"](x) * sizes.lr_factor(x))]
     for name, initial in _initial(optimizer):
@@ -103,6 +109,13 @@ def curves(
     if window(0.0) is not None:
         found.append(curve("attention window", lambda x: window(x) or seq_len))
     return tuple(found)
+
+
+def _tokens(rows: Callable[[float], float], number: int, total_steps: int, tokens_of_row: float) -> tuple[float, ...]:
+    """Return the tokens read after each of `number` equal parts of a run: step for step where a part is a step."""
+    place = 0.0 if number == total_steps else 0.5
+    of_part = tokens_of_row * total_steps / number
+    return tuple(accumulate((of_part * rows((part + place) / number) for part in range(number)), initial=0.0))
 
 
 def facts(recipe: Recipe, total_steps: int | None = None) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
@@ -122,10 +135,10 @@ def facts(recipe: Recipe, total_steps: int | None = None) -> tuple[list[tuple[st
     rate, per_step = schedules["lr"], _tokens_per_step(recipe)
     where = {"seconds": "as many as fit the time", "epochs": "as many as the data gives"}
     said = [
-        ("budget", str(recipe.budget) + (" steps" if recipe.budget.unit == "steps" else "")),
+        ("budget", spoken(recipe.budget)),
         ("steps", f"{total_steps:,}" if total_steps else where[recipe.budget.unit]),
         ("tokens", f"{total_steps * per_step:,.0f}" if total_steps else f"{per_step:,.0f} a step"),
-        ("batch", f"{recipe.rows_per_step} rows of {recipe.lengths.seq_len} tokens a step"),
+        ("batch", f"{counted(recipe.rows_per_step, 'row')} of {counted(recipe.lengths.seq_len, 'token')} a step"),
         ("warm-up", _warmup(rate, total_steps)),
         ("learning rate", _rates(curves(recipe, total_steps)[0])),
     ]
@@ -137,6 +150,26 @@ def facts(recipe: Recipe, total_steps: int | None = None) -> tuple[list[tuple[st
     for name, schedule in list(schedules.items())[1:]:
         doubts += findings(schedule, total_steps or UNKNOWN_STEPS, what=name)
     return said, doubts
+
+
+def spoken(budget: Duration) -> str:
+    """Return a budget with its unit.
+
+    Example:
+        >>> spoken(Duration(1, "steps")), spoken(Duration(100, "steps")), spoken(Duration(60, "seconds"))
+        ('1 step', '100 steps', '1min')
+    """
+    return f"{budget} {'step' if budget.value == 1 else 'steps'}" if budget.unit == "steps" else str(budget)
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things, one of them in the singular.
+
+    Example:
+        >>> counted(1, "document"), counted(1200, "row")
+        ('1 document', '1,200 rows')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _initial(optimizer: Any) -> Iterator[tuple[str, float]]:
@@ -155,7 +188,10 @@ def _warmup(schedule: Schedule, total_steps: int | None) -> str:
         return "none"
     share = first.end - first.begin
     part = f"{100 * share:.3g}% of the run"
-    return f"{share * total_steps:,.4g} steps, {part}" if total_steps else part
+    if not total_steps:
+        return part
+    steps = f"{share * total_steps:,.4g}"
+    return f"{steps} {'step' if steps == '1' else 'steps'}, {part}"
 
 
 def _rates(curve: Curve) -> str:

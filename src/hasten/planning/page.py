@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from hasten.errors import RunError, printable
+from hasten.files import create_text
 from hasten.planning.picture import draw
 from hasten.planning.plans import Plan
 from hasten.planning.wording import headline, sections
@@ -42,7 +43,8 @@ def write_page(plan: Plan, out: Path) -> Path:
     partial = page.with_name(f"{page.name}.tmp")
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html, encoding="utf-8", newline="\n")
+        with create_text(partial) as file:
+            file.write(html)
         os.replace(partial, page)
     except OSError as error:
         raise RunError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.errors import RecipeError, RunError, printable
+from hasten.planning.axis import Axis, axis_of
 from hasten.planning.outlook import Curve
 
 # Okabe and Ito's colours, which the common colour blindnesses tell apart, the light ones darkened to 3:1 on white.
@@ -55,22 +56,12 @@ def draw(curves: Sequence[Curve], path: Path, *, title: str = "") -> Path:
 
 
 def panels_of(curves: Sequence[Curve]) -> list[list[Curve]]:
-    """Return the curves by quantity, those that never change left out, on one axis of progress.
-
-    Where the steps of any run are not known, all are drawn over shares.
-    """
+    """Return the curves by quantity; one that never changes is left out, but for the first."""
     by_name: dict[str, list[Curve]] = {}
     for curve in curves:
         by_name.setdefault(curve.name, []).append(curve)
     is_told = {name: number == 0 or _changes(same) for number, (name, same) in enumerate(by_name.items())}
     return [same for name, same in by_name.items() if is_told[name]]
-
-
-def places(curve: Curve, panels: Sequence[Sequence[Curve]]) -> tuple[list[float], str]:
-    """Return where the values of `curve` stand on the axis that all panels share, and what it counts."""
-    if all(other.total_steps for panel in panels for other in panel):
-        return [x * curve.total_steps for x in curve.progress], "step"
-    return [100 * x for x in curve.progress], "% of the run"
 
 
 def _changes(same: Sequence[Curve]) -> bool:
@@ -87,13 +78,14 @@ def _figure(panels: Sequence[Sequence[Curve]], title: str) -> Any:
     figure = Figure(figsize=(WIDTH, height))
     left, right, upper = 0.85 / WIDTH, 1 - 0.3 / WIDTH, height - top
     colours = {curve.label: number for number, curve in enumerate(panels[0])}
+    axis = axis_of(panels)
     for number, panel in enumerate(panels):
         bottom = upper - heights[number]
         axes = figure.add_axes((left, bottom / height, right - left, heights[number] / height))
-        _plot(axes, panel, panels, colours)
+        _plot(axes, panel, axis, colours)
         axes.set_title(panel[0].name, loc="left", color=INK, fontsize=10, pad=6)
         if number == len(panels) - 1:
-            axes.set_xlabel(places(panel[0], panels)[1], color=MUTED, loc="right")
+            axes.set_xlabel(axis.unit, color=MUTED, loc="right")
         upper = bottom - AROUND
     if rows:
         handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -116,18 +108,18 @@ def _legend_shape(labels: Sequence[str]) -> tuple[int, int]:
     return columns, -(-len(labels) // columns)
 
 
-def _plot(axes: Any, panel: Sequence[Curve], panels: Sequence[Sequence[Curve]], colours: dict[str, int]) -> None:
+def _plot(axes: Any, panel: Sequence[Curve], axis: Axis, colours: dict[str, int]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
     for curve in panel:
         number = colours.get(curve.label, 0)
-        x, _ = places(curve, panels)
         axes.plot(
-            x, curve.values, label=printable(curve.label), color=PALETTE[number % len(PALETTE)],
+            axis.places(curve), curve.values, label=printable(curve.label), color=PALETTE[number % len(PALETTE)],
             linestyle=DASHES[number // len(PALETTE) % len(DASHES)], linewidth=1.9,
             drawstyle="steps-post" if curve.by_steps else "default", solid_joinstyle="round",
         )  # fmt: skip
-    last = max(places(curve, panels)[0][-1] for other in panels for curve in other)
     highest = max(value for curve in panel for value in curve.values)
-    axes.set_xlim(0, last)
+    axes.set_xlim(0, axis.last)
     axes.set_ylim(0, highest * 1.06 or 1.0)
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
@@ -135,15 +127,15 @@ def _plot(axes: Any, panel: Sequence[Curve], panels: Sequence[Sequence[Curve]], 
     axes.grid(axis="y", color=GRID, linewidth=1)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=MUTED, pad=5)
-    _ticks(axes, panel, highest)
+    axes.xaxis.set_major_locator(FixedLocator(axis.ticks()))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: axis.number(x)))
+    _heights(axes, panel, highest)
 
 
-def _ticks(axes: Any, panel: Sequence[Curve], highest: float) -> None:
+def _heights(axes: Any, panel: Sequence[Curve], highest: float) -> None:
     """Write the values that tell: those of a quantity that changes in a few steps, else zero, half and the highest."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter
 
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     told = {value for curve in panel for value in curve.values}
     apart = min((b - a for a, b in pairwise(sorted({0.0, *told}))), default=0.0)
     is_stepped = panel[0].by_steps and apart > 0.1 * highest

@@ -17,7 +17,7 @@ from hasten.planning.costs import Flops, Parameters, flops, parameters
 from hasten.planning.measurement import SECONDS, Measured, measure
 from hasten.planning.memory import Memory, measured
 from hasten.planning.outline import Outline, outline
-from hasten.planning.outlook import Curve, curves
+from hasten.planning.outlook import Curve, curves, spoken
 from hasten.planning.packings import Packed
 from hasten.planning.price import Price
 from hasten.planning.times import Compiling, Times, compiling, steps_within, times
@@ -213,12 +213,12 @@ def assembled(
     findings = [*check(recipe, found.facts(steps, memory)), *mistakes(found, trial, choice)]
     if trial is None or trial.float32_ratio is None:
         findings += of_machine  # a product timed by itself; measured steps know better
-    drawn, said = _curves(found, steps)
+    drawn, said = _curves(found, steps, utilisation)
     return Plan(
         recipe=recipe.to_dict(),
         device=found.device,
         threads=trial.threads if is_timed else 0,
-        budget=f"{recipe.budget} steps" if recipe.budget.unit == "steps" else str(recipe.budget),
+        budget=spoken(recipe.budget),
         steps=steps,
         rows_per_step=found.sizes.rows,
         seq_len=found.config.seq_len,
@@ -288,10 +288,11 @@ def _speed(found: Outline, trial: Measured, lengths: Mapping[int, float], utilis
     return tuple(found_speeds)
 
 
-def _curves(found: Outline, steps: int | None) -> tuple[tuple[Curve, ...], tuple[str, ...]]:
+def _curves(found: Outline, steps: int | None, utilisation: float) -> tuple[tuple[Curve, ...], tuple[str, ...]]:
     """Return the curves of the schedules; none, and why, where they need a number of steps that is not known."""
     course = found.course(steps)
     try:
-        return curves(found.recipe, steps, lengths=course.lengths, rows=found.sizes), ()
+        drawn = curves(found.recipe, steps, lengths=course.lengths, rows=found.sizes, utilisation=utilisation or 1.0)
     except RecipeError as error:
         return (), (printable(f"There are no curves: {error}"),)
+    return drawn, ()

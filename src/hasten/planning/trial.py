@@ -21,6 +21,7 @@ from hasten.errors import HastenError
 from hasten.loop import State, capture, start, train_step
 from hasten.loop.between import validate
 from hasten.loop.probing import probe
+from hasten.loop.snapshots import hold, keeps_in_memory, snapshot
 from hasten.planning.measurement import Measured, Point
 from hasten.recipe import Recipe, resolve
 
@@ -67,6 +68,9 @@ def trial(recipe: Recipe, data: PreparedData, *, seconds: float, model: Callable
     full = state.batch_sizes.rows // state.batch_sizes.micro_rows
     kinds, notes = _kinds(state, full, STEPS_SHARE * seconds)
     points = _timed(state, kinds, STEPS_SHARE * seconds)
+    if keeps_in_memory(state):
+        hold(state, snapshot(state))
+        _step(state, kinds[0])  # memory is then as it is in a run
     saving = _checkpoint(state)
     peak = _peak(state)
     is_narrow = recipe.precision.name != "float32" and state.device.type == "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hasten.planning.outlook import counted
 from hasten.planning.plans import Plan
 
 Line = tuple[str, str]
@@ -24,7 +25,7 @@ def sections(plan: Plan) -> list[tuple[str, list[Line]]]:
 
 def headline(plan: Plan) -> str:
     """Return the plan in one sentence."""
-    steps = "as many steps as fit the time" if plan.steps is None else f"{plan.steps:,} steps"
+    steps = "as many steps as fit the time" if plan.steps is None else counted(plan.steps, "step")
     time = "" if plan.times is None else f", about {span(plan.times.total)}"
     cost = "" if plan.cost is None else f" for {plan.cost}"
     return f"{steps}{time}{cost}, {'' if plan.memory.is_measured else 'at least '}{size(plan.memory.total)} of memory"
@@ -38,15 +39,10 @@ def _run(plan: Plan) -> Iterator[Line]:
         yield "steps", f"{plan.steps:,}" + (" fit the time" if _is_time(plan) else "")
         padding = 1 - plan.tokens / plan.positions if plan.positions else 0.0
         yield "tokens", f"{plan.tokens:,}" + (f" and {padding:.1%} padding" if padding >= 0.0005 else "")
-    yield (
-        "batch",
-        (
-            f"{plan.rows_per_step:,} rows of {plan.seq_len:,} tokens a step, {plan.micro_rows:,} at a time"
-            if plan.micro_rows != plan.rows_per_step
-            else f"{plan.rows_per_step:,} rows of {plan.seq_len:,} tokens a step"
-        ),
-    )
-    yield "data", f"{plan.train_tokens:,} tokens in {plan.documents:,} documents; {plan.val_tokens:,} held out"
+    rows = f"{counted(plan.rows_per_step, 'row')} of {counted(plan.seq_len, 'token')} a step"
+    yield "batch", rows + (f", {plan.micro_rows:,} at a time" if plan.micro_rows != plan.rows_per_step else "")
+    where = counted(plan.documents, "document")
+    yield "data", f"{counted(plan.train_tokens, 'token')} in {where}; {plan.val_tokens:,} held out"
     if plan.epochs is not None:
         yield "epochs", f"{plan.epochs:.3g}"
     for name, times in plan.source_epochs.items():
@@ -76,7 +72,7 @@ def _memory(plan: Plan) -> Iterator[Line]:
     there = f" of {size(found.machine)}" if found.machine else ""
     whose = "this GPU's" if plan.device == "cuda" else "the whole process"
     yield "at most", f"{'about ' if found.is_measured else ''}{size(found.total)}{there} ({whose}; {how})"
-    for name in ("weights", "gradients", "optimizer_state", "activations", "logits", "other"):
+    for name in ("weights", "gradients", "optimizer_state", "snapshot", "activations", "logits", "other"):
         yield f"  {name.replace('_', ' ')}", size(getattr(found, name))
 
 
@@ -85,10 +81,10 @@ def _speed(plan: Plan) -> Iterator[Line]:
         yield "not measured", "leave --no-measure out for the time, the cost and the peak of memory"
         return
     for speed in plan.speed:
-        rate, steps = speed.tokens_per_second, speed.steps_timed
+        rate, timed = speed.tokens_per_second, counted(speed.steps_timed, "step")
         yield (
             f"rows of {speed.length:,}",
-            f"{speed.seconds_per_step:.3g} s a step, {rate:,.0f} tokens/s ({steps} step{'s' * (steps != 1)} timed)",
+            f"{speed.seconds_per_step:.3g} s a step, {rate:,.0f} tokens/s ({timed} timed)",
         )
     if plan.threads:
         yield "threads", str(plan.threads)
@@ -111,15 +107,13 @@ def _packing(plan: Plan) -> Iterator[Line]:
     for packed in plan.packing:
         name = NAMES.get(packed.packing, packed.packing)
         lost = f", {packed.lost:,} tokens left out" if packed.lost > len(plan.source_epochs) + 1 else ""
-        yield (
-            f"{name}{'' if packed.is_chosen else ' instead'}",
-            f"{packed.rows:,} rows, {packed.padding:.2%} padding, {packed.cut:,} of {packed.documents:,} documents cut"
-            f"{lost}",
-        )
+        cut = f"{packed.cut:,} of {counted(packed.documents, 'document')} cut"
+        rows = f"{counted(packed.rows, 'row')}, {packed.padding:.2%} padding, {cut}{lost}"
+        yield f"{name}{'' if packed.is_chosen else ' instead'}", rows
 
 
 def _is_time(plan: Plan) -> bool:
-    return plan.budget[-1] in "sinhd" and not plan.budget.endswith("steps")
+    return plan.budget[-1] in "sinhd" and not plan.budget.endswith(("step", "steps"))
 
 
 def size(count: float) -> str:

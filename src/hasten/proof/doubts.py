@@ -131,7 +131,8 @@ def _clip(recipe: Recipe, data: Data) -> Iterator[str]:
     if clip.name == "none":
         return
     clipped, above = (data["clip"][key] for key in ("clipped", "above"))
-    limits = " and ".join(f"{key} {value:g}" for key, value in clip.model_dump().items() if key != "name")
+    told = ("max_norm", "max_value", "clipping", "threshold")
+    limits = " and ".join(f"{key} {value:g}" for key, value in clip.model_dump().items() if key in told)
     is_chosen = clip != type(recipe).model_fields["clip"].default
     passed = data["looks"].get("clip", {}).get("passed", 0)
     if above > clipped:
@@ -144,7 +145,7 @@ def _clip(recipe: Recipe, data: Data) -> Iterator[str]:
     elif clipped == 0 and is_chosen:
         most = f" (the norm was at most {data['norm']['max']:.3g})" if data["norm"]["max"] else ""
         yield _idle("clip", data, f"{limits} was never reached{most}; give a lower limit, or clip=none")
-    elif clipped == steps >= FEWEST_STEPS and is_chosen and data["norm"]["p95"] is not None:
+    elif clip.name != "agc" and clipped == steps >= FEWEST_STEPS and is_chosen and data["norm"]["p95"] is not None:
         yield (
             f"clip acted on all {steps:,} steps: {limits} and not the gradient decided how large every gradient was "
             f"(the median norm was {data['norm']['p50']:.3g}); to clip only the exceptions give a limit of about "
@@ -202,7 +203,7 @@ def _weights(recipe: Recipe, data: Data) -> Iterator[str]:
     if not still:
         return
     of = "no weight" if len(still) == len(moved) else f"no weight of {', '.join(still)}"
-    if data["skipped"] == data["steps"]:
+    if data["skipped"] == data["steps"] and recipe.precision.name == "fp16":
         advice = "every step was skipped, because its gradients overflowed: give precision=bf16 or float32"
     else:
         advice = FAULT

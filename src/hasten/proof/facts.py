@@ -36,6 +36,7 @@ def facts_of(data: Data) -> list[list[str]]:
         _sizes,
         _rates,
         _clip,
+        _left_out,
         _precision,
         _compilation,
         _optimizer,
@@ -149,6 +150,14 @@ def _clip(data: Data) -> Iterator[Fact]:
             f"{scale['first']:g} at first, {scale['last']:g} at last; {_times(scale['rises'], 'rise')}, "
             f"{_times(scale['falls'], 'fall')}; {_times(data['skipped'], 'step')} skipped",
         )
+
+
+def _left_out(data: Data) -> Iterator[Fact]:
+    parts = [f"{tokens:,} tokens {cause}" for cause, tokens in data.get("left_out", {}).items() if tokens]
+    if data.get("rollbacks"):
+        parts.append(f"the run went back {_times(data['rollbacks'], 'time')}")
+    if parts:
+        yield "Left out", "; ".join(parts)
 
 
 def _precision(data: Data) -> Iterator[Fact]:

@@ -14,7 +14,7 @@ from hasten.duration import Duration
 from hasten.recipe.fields import Choices, Count, Span
 
 if TYPE_CHECKING:
-    from hasten.clip import ClipBoth, ClipNorm, ClipValue, NoClip
+    from hasten.clip import AGC, ClipBoth, ClipNorm, ClipValue, NoClip, ZClip
     from hasten.model import ModelConfig
 
 
@@ -113,6 +113,46 @@ class ClipBothChoices(Choices):
         return ClipBoth(self.max_norm, self.max_value)
 
 
+class AGCChoices(Choices):
+    """The gradient of every unit scaled down to a share of its weights' norm.
+
+    Args:
+        clipping: that share.
+        eps: what the norm of weights counts as at least.
+    """
+
+    name: Literal["agc"] = "agc"
+    clipping: Annotated[float, Field(gt=0.0)] = 0.01
+    eps: Annotated[float, Field(gt=0.0)] = 1e-3
+
+    def build(self) -> AGC:
+        """Return the clip."""
+        from hasten.clip import AGC
+
+        return AGC(self.clipping, self.eps)
+
+
+class ZClipChoices(Choices):
+    """The gradient scaled down to what is usual where its norm is far above the mean of the steps before.
+
+    Args:
+        threshold: deviations above the mean that are left as they are.
+        alpha: share of mean and variance that is kept at each step.
+        warmup_steps: steps before the first that may be clipped.
+    """
+
+    name: Literal["zclip"] = "zclip"
+    threshold: Annotated[float, Field(gt=0.0)] = 2.5
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.97
+    warmup_steps: Annotated[int, Field(ge=2, le=2**24)] = 25
+
+    def build(self) -> ZClip:
+        """Return the clip, which has seen nothing yet."""
+        from hasten.clip import ZClip
+
+        return ZClip(self.threshold, self.alpha, self.warmup_steps)
+
+
 class PrecisionChoices(Choices):
     """The number format of the matrices and activations; master weights, norms and states stay float32."""
 
@@ -144,6 +184,6 @@ class CheckpointChoices(Choices):
 
 
 Clips = Annotated[
-    ClipNormChoices | ClipValueChoices | ClipBothChoices | NoClipChoices,
+    ClipNormChoices | ClipValueChoices | ClipBothChoices | AGCChoices | ZClipChoices | NoClipChoices,
     Field(discriminator="name"),
 ]

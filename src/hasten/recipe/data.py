@@ -41,6 +41,8 @@ class DataChoices(Choices):
         overflow: what becomes of a document longer than a row: ``split`` keeps all of it in several rows, ``truncate``
             its beginning, ``drop`` nothing.
         document_mask: whether a token sees only its own document.
+        on_damage: what a run does when stored tokens that a step reads are found damaged: ``stop``, or ``skip`` the
+            step and go on with the next; which steps were skipped is recorded, so going on stays exact.
     """
 
     train: Sources = "python"
@@ -54,6 +56,7 @@ class DataChoices(Choices):
     packing: Literal["best_fit", "chunk", "pad"] = "best_fit"
     overflow: Literal["split", "truncate", "drop"] = "split"
     document_mask: bool = True
+    on_damage: Literal["stop", "skip"] = "stop"
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

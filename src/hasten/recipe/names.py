@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from hasten.errors import RecipeError, printable
+from hasten.errors import RecipeError, one_line
 
 ON_COMMAND_LINE = "on the command line"
 
@@ -45,12 +45,6 @@ class Given:
         return one_line(self.raw if self.raw is not None else repr(self.value))
 
 
-def one_line(text: str) -> str:
-    """Return `text` for a message: control characters and line ends escaped, cut at 80 characters."""
-    text = text if len(text) <= 80 else text[:77] + "..."
-    return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
-
-
 # Short names of our own: no note.
 SHORT = {
     "lr": "optimizer.lr",
@@ -59,7 +53,7 @@ SHORT = {
     "seq_len": "lengths.seq_len",
     "batch_tokens": "batch.tokens",
     # A bare name chooses a table's variant.
-    **{table: f"{table}.name" for table in ("model", "lengths", "optimizer", "schedule", "clip", "precision")},
+    **{t: f"{t}.name" for t in ("model", "lengths", "optimizer", "schedule", "clip", "guard", "precision")},
 }
 
 _SAME_VALUE = {
@@ -88,6 +82,10 @@ _SAME_VALUE = {
     "model.head_dim": "head_dim kv_channels",
     "model.tied": "tie_word_embeddings",
     "checkpoint.keep": "save_total_limit",
+    "clip.clipping": "clip_factor",
+    "clip.threshold": "z_thresh",
+    "guard.threshold": "sigma_factor",
+    "guard.window": "rolling_interval_length",
     "out": "output_dir out_dir save_dir run_dir",
     "seed": "manual_seed global_seed",
     "compile": "torch_compile",
@@ -105,7 +103,8 @@ VALUES = {
     "compile": {"true": "on", "false": "off"},
     "schedule.name": {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"},
     "optimizer.name": dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "AdamW"), "adamw"),
-    "clip.name": {"off": "none"},
+    "clip.name": {"off": "none", "AGC": "agc", "ZClip": "zclip"},
+    "guard.name": {"off": "none"},
 }
 
 # Tables of other trainers whose keys are read as if they stood alone: `train.max_tokens`, `lr_scheduler.warmup_steps`.

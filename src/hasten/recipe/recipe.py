@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from hasten.duration import Duration
 from hasten.errors import RecipeError, nearest, printable
+from hasten.files import read_bytes
 from hasten.recipe import names
 from hasten.recipe.choices import (
     CheckpointChoices,
@@ -27,6 +28,7 @@ from hasten.recipe.choices import (
 )
 from hasten.recipe.data import DataChoices
 from hasten.recipe.fields import Choices, Span, Text
+from hasten.recipe.guards import Guards, SpikesChoices
 from hasten.recipe.lengths import BatchChoices, ConstantLengths, Lengths
 from hasten.recipe.names import Given
 from hasten.recipe.optimizers import AdamWChoices, Optimizers
@@ -41,7 +43,7 @@ class Recipe(Choices):
     """Every choice of a run.
 
     Args:
-        data, model, lengths, batch, optimizer, schedule, clip, precision, evaluate, checkpoint: tables, each
+        data, model, lengths, batch, optimizer, schedule, clip, guard, precision, evaluate, checkpoint: tables, each
             described at its class in `hasten.recipe.choices`, or in the file of its name.
         compile: whether the forward pass is compiled; ``auto`` where a compiler exists and the run pays for it.
         budget: when the run ends: steps, tokens, epochs or wall-clock time.
@@ -62,6 +64,7 @@ class Recipe(Choices):
     optimizer: Optimizers = AdamWChoices()
     schedule: Schedules = CosineChoices()
     clip: Clips = ClipNormChoices()
+    guard: Guards = SpikesChoices()
     precision: PrecisionChoices = PrecisionChoices()
     evaluate: EvaluateChoices = EvaluateChoices()
     checkpoint: CheckpointChoices = CheckpointChoices()
@@ -277,7 +280,7 @@ def _read_source(source: Recipe | Mapping[str, Any] | str | Path | None) -> list
         return read_toml(source, "given")
     path = _recipe_path(source)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise RecipeError(f"{printable(str(path))} cannot be read as a recipe: {printable(str(error))}.") from None
     return read_toml(text, f"in {printable(path.name)}")

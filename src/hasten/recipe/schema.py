@@ -16,8 +16,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hasten.errors import RecipeError, nearest
-from hasten.recipe.names import Given, one_line
+from hasten.errors import RecipeError, nearest, one_line
+from hasten.recipe.names import Given
 
 
 @dataclass(frozen=True)

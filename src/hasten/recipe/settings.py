@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from hasten.errors import RecipeError, nearest
-from hasten.recipe.names import ON_COMMAND_LINE, Given, one_line
+from hasten.errors import RecipeError, nearest, one_line
+from hasten.recipe.names import ON_COMMAND_LINE, Given
 from hasten.recipe.schema import Schema, takes
 
 if sys.version_info >= (3, 11):

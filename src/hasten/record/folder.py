@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +66,15 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Hold the folder for one trainer; it is created if needed, and removed again if nothing was put into it.
 
+        Folders above it that had to be made go with it.
+
         The lock goes with the process that holds it: one that was killed leaves none behind.
 
         Raises:
-            RunError: another trainer holds it (its process id is named), or the folder cannot be written.
+            RunError: another trainer holds it (its process id is named), the folder cannot be written, or something in
+                it is a link, a pipe or a device: what is written there would land outside the folder, or nowhere.
         """
-        is_new = not self.path.exists()
+        new = [folder for folder in (self.path, *self.path.parents) if not os.path.lexists(folder)]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             held = take(self.path / ".lock")
@@ -78,9 +83,22 @@ class RunFolder:
                 f"The run folder {printable(str(self.path))} cannot be written ({error.strerror}); give another out=."
             ) from error
         try:
+            self._refuse_ways_out()
             yield
         finally:
             held.release()
-            if is_new:
-                with contextlib.suppress(OSError):  # it holds the run by now, as it should
-                    self.path.rmdir()
+            with contextlib.suppress(OSError):  # it holds the run by now, as it should
+                for folder in new:
+                    folder.rmdir()
+
+    def _refuse_ways_out(self) -> None:
+        """Refuse a folder whose entries lead out of it: it may come from anyone, and its files are written to."""
+        for path in sorted(self.path.iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # a report that is just being written
+                kind = path.lstat().st_mode
+                if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                    what = "a link" if stat.S_ISLNK(kind) else "no file"
+                    raise RunError(
+                        f"{printable(str(path))} is {what}, and a run writes into its own folder only: delete it, or "
+                        "give another out=."
+                    )

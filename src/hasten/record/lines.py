@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hasten.errors import RunError, printable
+from hasten.files import create_text, parse_json, read_bytes
 from hasten.record.folder import RunFolder
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+# Errors that pass when someone frees space, and the bytes of a file's lines that wait in memory until then.
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+MOST_WAITING = 64 << 20
+MOST_RECORDED = 16 << 30  # 30 million steps
 # Keys whose values are words: there "nan" is a word too.
 _WORDS = frozenset({"text", "prompt", "message", "reason", "command", "path", "kind", "status"})
 
 
 class Record:
-    """Writes the metrics and events of one attempt at a run, every line passed on to the system at once."""
+    """Writes the metrics and events of one attempt at a run, every line passed on to the system at once.
 
-    def __init__(self, folder: RunFolder, attempt: int) -> None:
-        self._attempt = attempt
-        self._metrics = _LineFile(folder.metrics_path)
+    Where the disk is full, lines wait in memory, up to `MOST_WAITING` bytes of each file, and are written with the next
+    ones that can be.
+
+    Args:
+        folder: of the run.
+        attempt: number of this attempt, from 1.
+        on_trouble: called with one sentence when lines begin to wait.
+
+    Raises:
+        RunError: a file cannot be written for another reason, or too many lines wait.
+    """
+
+    def __init__(self, folder: RunFolder, attempt: int, on_trouble: Callable[[str], None] | None = None) -> None:
+        self._attempt, self._folder, self._on_trouble = attempt, folder, on_trouble
+        self._metrics = _LineFile(folder.metrics_path, on_trouble)
         try:
-            self._events = _LineFile(folder.events_path)
+            self._events = _LineFile(folder.events_path, on_trouble)
         except BaseException:
             self._metrics.close()
             raise
@@ -36,16 +54,26 @@ class Record:
         self._metrics.append({"step": step, "attempt": self._attempt, "time": _now(), **values})
 
     def event(self, kind: str, /, *, step: int, **values: Any) -> None:
-        """Write that something happened; with a ``checkpoint``, all lines so far are forced to the disk too."""
+        """Write that something happened."""
         self._events.append({"kind": kind, "step": step, "attempt": self._attempt, "time": _now(), **values})
-        if kind == "checkpoint":  # a power cut then leaves no saved step without its lines
-            self._metrics.sync()
-            self._events.sync()
+
+    def sync(self) -> None:
+        """Force all lines so far to the disk, where it takes them: what a checkpoint then holds has its lines."""
+        self._metrics.sync()
+        self._events.sync()
+
+    def cut_back(self, step: int) -> None:
+        """Drop the metrics after `step`, to which the run went back."""
+        self._metrics.close()
+        cut_back(self._folder, step)
+        self._metrics = _LineFile(self._folder.metrics_path, self._on_trouble)
 
     def close(self) -> None:
-        """Close both files; a second call changes nothing."""
-        self._metrics.close()
-        self._events.close()
+        """Write what waits and close both files; a second call changes nothing."""
+        try:
+            self._metrics.close()
+        finally:
+            self._events.close()
 
 
 def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
@@ -83,10 +111,10 @@ def read_result(folder: RunFolder) -> dict[str, Any] | None:
         RunError: it is not a JSON object.
     """
     try:
-        return _parse(folder.result_path.read_bytes())
-    except FileNotFoundError:
+        return _parse(read_bytes(folder.result_path))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except (OSError, ValueError):
         raise RunError(
             f"{printable(str(folder.result_path))} is damaged; delete it and give the same command again."
         ) from None
@@ -95,8 +123,9 @@ def read_result(folder: RunFolder) -> dict[str, Any] | None:
 class _LineFile:
     """A file that lines are appended to, each whole or not at all."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, on_trouble: Callable[[str], None] | None = None) -> None:
+        self._path, self._on_trouble = path, on_trouble
+        self._waiting = b""
         try:
             _mend_last_line(path)
             # Unbuffered: nothing that failed can be written later by a hidden second try.
@@ -105,24 +134,49 @@ class _LineFile:
             raise self._error(error) from error
 
     def append(self, values: Mapping[str, Any]) -> None:
-        rest = memoryview(_line(values).encode("ascii"))
-        before = os.fstat(self._file.fileno()).st_size
+        lines = self._waiting + _line(values).encode("ascii")
         try:
-            while len(rest):
-                rest = rest[self._file.write(rest) :]
+            self._write(lines)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self._path, before)
-            raise self._error(error) from error
+            if error.errno not in _FULL or len(lines) > MOST_WAITING:
+                raise self._error(error) from error
+            if not self._waiting and self._on_trouble is not None:
+                self._on_trouble(
+                    f"{printable(str(self._path))} cannot be written ({error.strerror}); its lines wait in memory, and "
+                    "training goes on: free some space."
+                )
+            self._waiting = lines
+        else:
+            self._waiting = b""
 
     def sync(self) -> None:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise self._error(error) from error
+            if error.errno not in _FULL:
+                raise self._error(error) from error
 
     def close(self) -> None:
-        self._file.close()
+        waiting, self._waiting = self._waiting, b""
+        try:
+            self._write(waiting)
+        except OSError as error:
+            raise self._error(error) from error
+        finally:
+            self._file.close()
+
+    def _write(self, lines: bytes) -> None:
+        """Write all of `lines` or nothing."""
+        if not lines:
+            return
+        before, rest = os.fstat(self._file.fileno()).st_size, memoryview(lines)
+        try:
+            while len(rest):
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), before)
+            raise
 
     def _error(self, error: OSError) -> RunError:
         return RunError(
@@ -179,10 +233,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parse(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    value = parse_json(data)
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return _with_numbers(value) if b'"nan"' in data or b'inf"' in data else value
@@ -199,9 +250,13 @@ def _with_numbers(value: Any) -> Any:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        *lines, last = path.read_bytes().split(b"\n")
+        *lines, last = read_bytes(path, MOST_RECORDED).split(b"\n")
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise RunError(
+            f"{printable(str(path))} cannot be read ({error.strerror}); put that right and try again."
+        ) from None
     found = []
     for number, line in enumerate(lines, 1):
         try:
@@ -223,7 +278,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with create_text(temporary) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

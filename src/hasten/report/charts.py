@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hasten.report.curves import smooth, smoothing_window, thin
-from hasten.report.runs import Run
-from hasten.report.wording import fixed, number, percent, short
+from hasten.report.runs import Run, left_out_steps
+from hasten.report.wording import fixed, is_finite, number, percent, short
 
 NUM_COLOURS = 8
 CHART_NAMES = (
@@ -151,11 +151,7 @@ def evaluations(run: Run, name: str = "val_bpb") -> tuple[np.ndarray, np.ndarray
 def baselines(run: Run) -> list[tuple[str, float]]:
     """Return the named bits per byte that a held-out figure is compared with; what was not measured is left out."""
     named = (("byte unigram", "unigram_bpb"), ("xz -9", "xz_bpb"))
-    return [
-        (label, float(run.result[key]))
-        for label, key in named
-        if isinstance(run.result.get(key), (int, float)) and np.isfinite(run.result[key])
-    ]
+    return [(label, float(run.result[key])) for label, key in named if is_finite(run.result.get(key))]
 
 
 def _held_out(run: Run) -> Chart | None:
@@ -231,7 +227,8 @@ def _row_length(run: Run) -> Chart | None:
 def clipped_steps(run: Run) -> tuple[int, int]:
     """Return on how many steps clipping acted, and of how many."""
     clipped = run.series["clipped"]
-    return int(np.nansum(clipped)), int(np.isfinite(clipped).sum())
+    known = clipped[np.isfinite(clipped)]
+    return int((known > 0).sum()), len(known)
 
 
 def clip_limits(run: Run) -> list[tuple[str, float]]:
@@ -289,7 +286,7 @@ def _loss_scale(run: Run) -> Chart | None:
     scale = run.series["loss_scale"]
     if run.setting("precision.name") != "fp16" or not has_series(run, "loss_scale"):
         return None
-    skipped = int(np.nansum(run.series["skipped"]))
+    skipped = left_out_steps(run)[1]
     thinned = thin(run.series["step"], scale)
     said = f"{skipped:,} of {len(scale):,} steps overflowed and were skipped, each halving the scale."
     log = spans(scale, 2.0)

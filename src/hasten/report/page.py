@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.errors import RunError, printable
+from hasten.files import create_text
 from hasten.report import tables
 from hasten.report.charts import CHART_NAMES, run_charts
 from hasten.report.figures import draw
@@ -50,6 +51,11 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     charts = run_charts(read[0]) if len(read) == 1 else comparison_charts(read)
     page = place_of(runs[0] if out is None else Path(out))
     pictures = page.with_suffix("")
+    if pictures.is_symlink():
+        raise RunError(
+            f"{printable(str(pictures))} is a link, and pictures are written beside their page only: delete it, or "
+            "give another place with --out."
+        )
     try:
         pictures.mkdir(parents=True, exist_ok=True)
         for name in CHART_NAMES:  # of an earlier report: a picture that no longer holds would tell a lie
@@ -57,7 +63,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         drawn = [(chart, draw(chart, pictures / f"{chart.name}.png")) for chart in charts]
         partial = page.with_name(f"{page.name}.tmp")
         values = {"charts": shown_charts(drawn), **(_one(read[0]) if len(read) == 1 else _several(read))}
-        partial.write_text(render("page.html", values), encoding="utf-8", newline="\n")
+        with create_text(partial) as file:
+            file.write(render("page.html", values))
         os.replace(partial, page)
     except OSError as error:
         raise RunError(

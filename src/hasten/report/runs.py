@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hasten.errors import HastenError, RunError, printable
+from hasten.files import read_bytes
 from hasten.record import RunFolder, read_events, read_metrics, read_result
 from hasten.report.wording import is_finite
 
@@ -148,12 +149,12 @@ def _read_run(path: Path, name: str) -> Run:
             return otherwise
         try:
             return read() or otherwise
-        except (OSError, ValueError, HastenError) as error:
+        except (OSError, ValueError, RecursionError, HastenError) as error:
             said = str(error).replace(printable(str(file)), file.name)  # the page may be passed on: no paths in it
             problems.append(f"{file.name} could not be read and is left out: {said}")
             return otherwise
 
-    recipe_text = attempt(folder.recipe_path, lambda: folder.recipe_path.read_text(encoding="utf-8"), "")
+    recipe_text = attempt(folder.recipe_path, lambda: read_bytes(folder.recipe_path).decode("utf-8"), "")
     events = attempt(folder.events_path, lambda: read_events(folder), [])
     result = attempt(folder.result_path, lambda: read_result(folder), {})
     if _goes_on(events):
@@ -219,3 +220,11 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[f"{prefix}{key}"] = value
     return leaves
+
+
+def left_out_steps(run: Run) -> tuple[int, int]:
+    """Return how many steps had no update because of the guard, and because a half-precision gradient overflowed."""
+    skipped = {int(step) for step, out in zip(run.series["step"], run.series["skipped"], strict=True) if out == 1}
+    steps = (event.get("step") for event in run.of_kind("bad_step"))
+    bad = {step for step in steps if type(step) is int}
+    return len(skipped & bad), len(skipped - bad)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.errors import RunError, printable
+from hasten.files import parse_json, read_bytes
 
 VERDICTS = "verdicts.json"
 FORMAT = 1
@@ -169,17 +170,17 @@ def read_study(folder: Path) -> Study:
     path = folder / VERDICTS
     shown = printable(str(path))
     try:
-        text = path.read_text(encoding="utf-8")
+        content = read_bytes(path)
     except FileNotFoundError:
         raise RunError(
             f"The study {printable(str(folder))!r} has no {VERDICTS} yet; give the command of the study again, "
             "which goes on with it and writes the file."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{shown} could not be read ({_said(error)}); {_REPAIR}") from None
+    except OSError as error:
+        raise RunError(f"{shown} could not be read ({error.strerror or 'no reason given'}); {_REPAIR}") from None
     try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
+        whole = parse_json(content)
+    except ValueError:
         raise RunError(f"{shown} is not whole JSON; {_REPAIR}") from None
     try:
         return _study(_Place(whole, ""))
@@ -192,10 +193,6 @@ _REPAIR = "give the command of the study again, which writes it anew from the ru
 
 class _DamageError(ValueError):
     """What is wrong at which place of the file."""
-
-
-def _said(error: Exception) -> str:
-    return error.strerror or "no reason given" if type(error) is not UnicodeDecodeError else "not UTF-8"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from hasten.errors import RunError, printable
+from hasten.files import create_text
 from hasten.report import paper, verdicts
 from hasten.report.figures import draw
 from hasten.report.forest import draw_forest, forest
@@ -74,7 +75,8 @@ def write_study_report(folder: Path, out: Path | None = None) -> Path:
 
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8", newline="\n")
+    with create_text(partial) as file:
+        file.write(text)
     os.replace(partial, path)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from hasten.report.charts import baselines, clipped_steps
 from hasten.report.overlays import colours
 from hasten.report.proof import proven_warnings
-from hasten.report.runs import Run, flat
+from hasten.report.runs import Run, flat, left_out_steps
 from hasten.report.wording import UNKNOWN, byte_size, fixed, is_finite, number, percent, seconds, short
 
 Rows = list[tuple[str, str]]
@@ -118,7 +118,7 @@ def bars(runs: Sequence[Run]) -> list[dict[str, Any]]:
         {"name": run.name if len(runs) > 1 else "this model", "value": run.measured("val_bpb"), "colour": colour}
         for run, colour in zip(runs, colours(runs), strict=True)
     ]
-    if len({run.result.get("corpus_sha256") for run in runs}) == 1:
+    if len({str(run.result.get("corpus_sha256")) for run in runs}) == 1:
         named = [("untrained", runs[0].measured("untrained_val_bpb")), *baselines(runs[0])]
         found += [{"name": name, "value": value, "colour": None} for name, value in named]
     found = sorted((bar for bar in found if is_finite(bar["value"])), key=lambda bar: -bar["value"])
@@ -186,9 +186,16 @@ def _broken_numbers(run: Run) -> list[str]:
     broken = int((~np.isfinite(run.series["loss"])).sum())
     if broken:
         found.append(f"The training loss was not a finite number on {broken:,} of {run.num_steps:,} steps.")
-    skipped = int(np.nansum(run.series["skipped"]))
-    if skipped > 0.05 * max(run.num_steps, 1):
-        found.append(f"{skipped:,} of {run.num_steps:,} steps were skipped because their gradients overflowed.")
+    guarded, overflowed = left_out_steps(run)
+    if overflowed > 0.05 * max(run.num_steps, 1):
+        found.append(f"{overflowed:,} of {run.num_steps:,} steps were skipped because their gradients overflowed.")
+    if guarded:
+        found.append(f"{guarded:,} of {run.num_steps:,} steps were left out by the guard; events.jsonl says why.")
+    for back in run.of_kind("rollback"):
+        found.append(
+            f"The run went back from step {number(back.get('failed_at'))} to step {number(back.get('step'))}: "
+            f"{back.get('reason')}."
+        )
     return found
 
 

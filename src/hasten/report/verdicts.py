@@ -149,7 +149,9 @@ def changes(arm: Arm) -> str:
 
 def budget(study: Study) -> str:
     """Return the budget of a run, with its unit; empty where it was not noted."""
-    return f"{study.budget} steps" if study.budget.isdecimal() else study.budget
+    if study.budget.isdecimal():
+        return f"{study.budget} step" if study.budget == "1" else f"{study.budget} steps"
+    return study.budget
 
 
 def mean(values: Sequence[float | None]) -> float | None:

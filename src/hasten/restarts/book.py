@@ -18,6 +18,7 @@ from typing import Any
 
 from hasten.duration import Duration
 from hasten.errors import RecipeError, RunError, printable
+from hasten.files import parse_json, read_bytes
 from hasten.recipe import Recipe, resolve
 from hasten.record import RunFolder, write_whole
 from hasten.restarts.plan import Plan, Pool
@@ -131,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         RunError: it is no JSON object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hasten import checkpoint
 from hasten.data.shards import PreparedData
 from hasten.evaluation import evaluate_shards
+from hasten.loop.saved import newest
 from hasten.loop.state import pick_device
 from hasten.model import Decoder, ModelConfig
 from hasten.recipe import Recipe
@@ -83,7 +83,7 @@ def row_losses(folder: RunFolder, recipe: Recipe, data: PreparedData, step: int)
     Raises:
         CheckpointError: no checkpoint can be trusted.
     """
-    loaded, _ = checkpoint.newest(folder.checkpoints)
+    loaded, _ = newest(folder.checkpoints)
     if loaded is None or loaded.step != step:
         return None
     config = ModelConfig(**loaded.state["model"])

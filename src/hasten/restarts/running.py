@@ -12,8 +12,8 @@ from typing import Any
 
 from hasten.errors import RecipeError, RunError, printable
 from hasten.loop import Hook, prepare_for
-from hasten.loop.steps import Teller
-from hasten.pool import Job, places, run_all, train_command
+from hasten.loop.telling import Teller
+from hasten.pool import Job, Places, last_words, places, run_all, train_command
 from hasten.recipe import Recipe, resolve
 from hasten.restarts.book import Book, read_json, read_plan, write_json, write_plan, write_seed
 from hasten.restarts.judging import Course, fault, ranking, read_course
@@ -60,6 +60,7 @@ def restart(
     out: str | Path | None = None,
     workers: int | None = None,
     threads: int | None = None,
+    allow: Sequence[str] = (),
     dry_run: bool = False,
     hooks: Iterable[Hook] = (),
     **settings: Any,
@@ -85,6 +86,7 @@ def restart(
         out: the folder of the pool; ``restarts/<name of the recipe>`` when it is not given.
         workers: runs side by side; None: one for each core, or one on a GPU.
         threads: CPU threads of each; None: the recipe's, or one.
+        allow: what may have changed since a run of the pool began, as `hasten.train` takes it (``code``).
         dry_run: prepare the data, check the recipe and plan; train nothing.
         hooks: callables that look at every `Event`.
         **settings: any recipe key.
@@ -129,7 +131,7 @@ def restart(
             plan = size_up(recipe, pool, book, tuple(hooks))
             write_plan(book, recipe, pool, plan)
         tell("pool", plan=plan, pool=pool, workers=place.workers)
-        values = _Halving(recipe, pool, plan, book, place.workers, place.threads, tell).values()
+        values = _Halving(recipe, pool, plan, book, place, tuple(allow), tell).values()
         write_json(book.result_path, values)
     return _result(book, read_json(book.result_path) or values)
 
@@ -158,10 +160,10 @@ class _Halving:
     """A pool under way. Nothing it decides is remembered: it is read off the run folders, so a kill costs nothing."""
 
     def __init__(
-        self, recipe: Recipe, pool: Pool, plan: Plan, book: Book, workers: int, threads: int, tell: Teller
+        self, recipe: Recipe, pool: Pool, plan: Plan, book: Book, place: Places, allow: tuple[str, ...], tell: Teller
     ) -> None:
         self._recipe, self._pool, self._plan, self._book = recipe, pool, plan, book
-        self._workers, self._threads, self._tell = workers, threads, tell
+        self._workers, self._threads, self._allow, self._tell = place.workers, place.threads, allow, tell
         self._steps: list[int | None] = [*(stage.end for stage in plan.rungs), None]  # None: the end
         self._fresh = itertools.count(pool.first_seed)
         self._passed: dict[int, int] = {}  # rungs, by seed, of every seed that was started
@@ -234,15 +236,14 @@ class _Halving:
     def _job(self, seed: int, step: int | None) -> Job:
         path = write_seed(self._recipe, seed, self._plan.horizon, self._book)
         # The folder may have been moved since the recipe was written.
-        command = (*train_command(path, until=step), f"out={path.parent}")
+        command = (*train_command(path, until=step, allow=self._allow), f"out={path.parent}")
         return Job(str(seed), command, self._book.log(seed), self._threads)
 
     def _broken(self, seed: int, code: int) -> RunError:
         log = self._book.log(seed)
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+        last = last_words(log) or "it printed nothing"
         return RunError(
-            f"The run of seed {seed} broke off with exit code {code} ({printable(last)[:200]}); see "
+            f"The run of seed {seed} broke off with exit code {code} ({last[:600]}); see "
             f"{printable(str(log))}, put it right and give the same command again."
         )
 
