@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+JOBS   ?= 2
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: train test test-all torture lint bench clean help
@@ -33,7 +34,7 @@ train: $(VENV)/.ready
 	@$(BIN)/hasten train $(ARGS)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m 'not heavy' $(ARGS)
+	$(BIN)/python -m pytest -m 'not heavy' -n $(JOBS) --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest $(ARGS)

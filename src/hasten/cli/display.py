@@ -146,8 +146,8 @@ class Display:
         rate = f", at {values['rate_factor']:g} of the learning rate" if values["rate_factor"] != 1 else ""
         self._print(
             Text(
-                f"! went back from step {values['failed_at']:,} to step {step:,} and on behind the data read since"
-                f"{rate} (rollback {values['number']}): {printable(values['reason'])}",
+                f"! back from step {values['failed_at']:,} to step {step:,}{rate}, leaving out the data read since "
+                f"(rollback {values['number']}): {printable(values['reason'])}",
                 style="yellow",
             )
         )

@@ -225,6 +225,11 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def left_out_steps(run: Run) -> tuple[int, int]:
     """Return how many steps had no update because of the guard, and because a half-precision gradient overflowed."""
     skipped = {int(step) for step, out in zip(run.series["step"], run.series["skipped"], strict=True) if out == 1}
-    steps = (event.get("step") for event in run.of_kind("bad_step"))
-    bad = {step for step in steps if type(step) is int}
+    bad: set[int] = set()
+    for event in run.events:
+        step = event.get("step")
+        if event.get("kind") == "bad_step" and type(step) is int:
+            bad.add(step)
+        elif event.get("kind") == "rollback" and type(step) is int:  # what came after it was done again
+            bad = {one for one in bad if one <= step}
     return len(skipped & bad), len(skipped - bad)

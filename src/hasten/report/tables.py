@@ -191,10 +191,12 @@ def _broken_numbers(run: Run) -> list[str]:
         found.append(f"{overflowed:,} of {run.num_steps:,} steps were skipped because their gradients overflowed.")
     if guarded:
         found.append(f"{guarded:,} of {run.num_steps:,} steps were left out by the guard; events.jsonl says why.")
-    for back in run.of_kind("rollback"):
+    backs = run.of_kind("rollback")
+    if backs:
+        last = backs[-1]
         found.append(
-            f"The run went back from step {number(back.get('failed_at'))} to step {number(back.get('step'))}: "
-            f"{back.get('reason')}."
+            f"The run went back {'once' if len(backs) == 1 else f'{len(backs):,} times, the last time'} from step "
+            f"{number(last.get('failed_at'))} to step {number(last.get('step'))}: {last.get('reason')}."
         )
     return found
 
