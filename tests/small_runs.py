@@ -111,7 +111,9 @@ def _only_this_thread() -> None:
 def _end_with(work: Callable[[], int], *, prints: bool) -> NoReturn:
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # as a command in the foreground has it
+        # As a command in the foreground has them, whatever this process was begun with.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         if prints:
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         code = work()

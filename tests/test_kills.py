@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,10 @@ def test_runs_killed_at_random_moments_end_bit_identical(
 class Signalled:
     """A run in a child, and what is seen of it from outside."""
 
-    def __init__(self, out: Path, settings: list[str]) -> None:
+    def __init__(self, out: Path, work: Callable[[], int]) -> None:
         self.out, self.log = out, out.with_suffix(".log")
         self._metrics = out / "metrics.jsonl"
-        self.child = forked(lambda: hasten("train", "--no-report", *settings, f"out={out}"), log=self.log)
+        self.child = forked(work, log=self.log)
 
     def lines(self) -> int:
         return self._metrics.read_bytes().count(b"\n") if self._metrics.exists() else 0
@@ -171,7 +172,7 @@ def test_signals_at_random_moments_save_and_the_same_command_ends_bit_identical(
         out = own_folder / f"run{runs}"
         runs += 1
         while True:
-            run = Signalled(out, settings)
+            run = Signalled(out, partial(hasten, "train", "--no-report", *settings, f"out={out}"))
             first, *second = chance.choice(CASES)
             run.wait_for_lines(chance.randrange(1, 16))
             time.sleep(chance.uniform(0, 0.01))
@@ -195,6 +196,21 @@ def test_signals_at_random_moments_save_and_the_same_command_ends_bit_identical(
             cases[" ".join((first, *second))] += 1
         assert differences(out, uninterrupted) == []
     print(f"\n{cases.total()} signals to {runs} runs: {dict(cases)}")
+
+
+def test_a_run_that_is_to_outlive_its_terminal_does(
+    settings: list[str], uninterrupted: dict[str, Any], own_folder: Path
+) -> None:
+    def work() -> int:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+        return hasten("train", "--no-report", *settings, f"out={own_folder / 'run'}")
+
+    run = Signalled(own_folder / "run", work)
+    for number in (1, 10, 30):
+        run.wait_for_lines(number)
+        run.send("SIGHUP")
+    assert exit_code(run.child) == 0, run.log.read_text()
+    assert differences(own_folder / "run", uninterrupted) == []
 
 
 def test_terminated_in_a_process_of_its_own_it_says_how_to_go_on(settings: list[str], own_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Too little memory at some step: smaller micro-batches with the same tokens, or one sentence and a whole checkpoint."""
+"""Too little memory at a step: smaller micro-batches with the same tokens, or one sentence and a whole checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hasten.loop.steps import advance
 from hasten.recipe import resolve
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a forked child, as Linux counts it"),
+    pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a forked child, as on Linux"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
 STEPS, SHORT_AT = 6, 4

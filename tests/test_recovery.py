@@ -14,7 +14,7 @@ from conftest import TINY
 from sizes import size
 
 from hasten import checkpoint
-from hasten.errors import DamagedData
+from hasten.errors import DamagedData, RunError
 from hasten.loop import Event, Result, State, restore, start, train
 from hasten.loop.between import validate
 from hasten.loop.leaving import DAMAGED, GUARDED
@@ -288,3 +288,17 @@ def test_too_little_memory_makes_micro_batches_smaller_and_the_tokens_of_a_step_
     assert len(told) == 2
     first, second = (torch.cat([p.detach().reshape(-1) for p in state.model.parameters()]) for state in states)
     assert torch.allclose(first, second, atol=1e-4)
+
+
+def test_without_memory_for_a_single_row_the_run_ends_with_one_sentence(settings: list[str]) -> None:
+    state, _ = advanced(settings, stop=3)
+
+    def refuse(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        raise torch.OutOfMemoryError("nothing left\nat all")
+
+    state.forward.register_forward_pre_hook(refuse)
+    with pytest.raises(
+        RunError, match=r"no memory for step 4, though .* one row of 64 tokens \(nothing left\)"
+    ):
+        advance(state, 5)
+    assert state.step == 3
