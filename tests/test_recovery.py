@@ -297,8 +297,6 @@ def test_without_memory_for_a_single_row_the_run_ends_with_one_sentence(settings
         raise torch.OutOfMemoryError("nothing left\nat all")
 
     state.forward.register_forward_pre_hook(refuse)
-    with pytest.raises(
-        RunError, match=r"no memory for step 4, though .* one row of 64 tokens \(nothing left\)"
-    ):
+    with pytest.raises(RunError, match=r"no memory for step 4, though .* one row of 64 tokens \(nothing left\)"):
         advance(state, 5)
     assert state.step == 3

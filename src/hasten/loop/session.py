@@ -104,6 +104,7 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     folder = RunFolder(Path(recipe.out or Path("runs") / recipe.default_run_name()))
+    folder.check_place()
     with ExitStack() as held:
         # A folder is made only after everything was checked, so a wrong setting leaves nothing behind.
         if folder.path.is_dir():
@@ -116,6 +117,8 @@ def train(
         if parent is not None:
             for message in take_over(state, parent):
                 tell("warning", message=message)
+        if loaded is None:
+            torch.manual_seed(state.seed)  # what is saved of a run depends on nothing that the process did before
         settled = begin(state, loaded, terms) if done is None else Settled()
         if dry_run:
             return Result("dry", "", folder.path, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -62,6 +63,33 @@ class RunFolder:
         """The report."""
         return self.path / "report.html"
 
+    def check_place(self) -> None:
+        """Refuse a place that is no folder and cannot become one that this process writes to; nothing is made.
+
+        Raises:
+            RunError: says why.
+        """
+        try:
+            place = self.path
+            place.exists()  # which says what a name that is too long is, and `lexists` does not
+            while not os.path.lexists(place):
+                place = place.parent
+            if not place.exists():
+                raise FileNotFoundError(errno.ENOENT, "a link that leads nowhere")
+            if not place.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
+            if os.name != "nt" and os.statvfs(place).f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, "Read-only file system")
+            if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+                raise PermissionError(errno.EACCES, "Permission denied")
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> RunError:
+        return RunError(
+            f"The run folder {printable(str(self.path))} cannot be written ({error.strerror}); give another out=."
+        )
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for one trainer; it is created if needed, and removed again if nothing was put into it.
@@ -79,9 +107,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             held = take(self.path / ".lock")
         except OSError as error:
-            raise RunError(
-                f"The run folder {printable(str(self.path))} cannot be written ({error.strerror}); give another out=."
-            ) from error
+            raise self._refusal(error) from error
         try:
             self._refuse_ways_out()
             yield
