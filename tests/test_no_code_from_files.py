@@ -16,6 +16,8 @@ import hostile_files as hostile
 import pytest
 from test_architecture import MODULES, Module, every_module
 
+from hasten.errors import DataError
+
 # Modules that unpack archives, load objects, run files or speak to a network. (Pickle and its like: test_architecture.)
 BANNED = {
     "asyncio", "bdb", "code", "codeop", "dbm", "ftplib", "http", "imaplib", "imp", "pdb", "plistlib", "poplib",
@@ -107,10 +109,11 @@ def test_the_watch_over_hostile_files_sees_every_way_to_run_one(tmp_path: Path, 
     assert seen == []
 
 
-def busy(seconds: float) -> None:
+def busy(seconds: float, error: Exception) -> None:
     end = time.process_time() + seconds
     while time.process_time() < end:
         pass
+    raise error
 
 
 def test_the_watch_over_hostile_files_sees_what_they_cost() -> None:
@@ -118,6 +121,6 @@ def test_the_watch_over_hostile_files_sees_what_they_cost() -> None:
     with pytest.raises(AssertionError):
         hostile.harmless(lambda: held.append(b"x" * (2 * hostile.CONSTANT)))
     with pytest.raises(AssertionError):
-        hostile.harmless(lambda: busy(1.1 * hostile.SECONDS))
+        hostile.harmless(lambda: busy(1.1 * hostile.SECONDS, DataError("too late.")))
     with pytest.raises(ZeroDivisionError):
         hostile.harmless(lambda: 1 / 0)
