@@ -17,10 +17,12 @@ from hasten import checkpoint
 from hasten.errors import DamagedData, RunError
 from hasten.loop import Event, Result, State, restore, start, train
 from hasten.loop.between import validate
-from hasten.loop.leaving import DAMAGED, GUARDED
+from hasten.loop.leaving import DAMAGED, GUARDED, count_left_out
+from hasten.loop.recovery import go_back
 from hasten.loop.session import prepare_for
 from hasten.loop.snapshots import hold, snapshot
 from hasten.loop.steps import advance
+from hasten.loop.telling import Teller
 from hasten.recipe import resolve
 from hasten.record import RunFolder, read_events, read_metrics
 
@@ -211,6 +213,16 @@ def test_resumed_before_within_and_after_the_trouble_a_run_is_bit_identical(sett
             advance(state, 40)
         assert (resumed.position, resumed.tokens) == (whole.position, whole.tokens)
         assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
+
+
+def test_what_was_damaged_or_short_of_memory_since_stays_known_after_going_back(settings: list[str]) -> None:
+    state, _ = advanced(settings, stop=25)
+    count_left_out(state, DAMAGED, 700)
+    state.notes["micro_rows"] = 1
+    go_back(state, Teller((), state), "for a test")
+    assert (state.step, state.position) == (20, (25 * 8,))
+    assert state.notes["left_out"][DAMAGED] == 700
+    assert state.notes["micro_rows"] == 1
 
 
 def test_without_trouble_the_guard_changes_no_bit(settings: list[str]) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,6 +71,15 @@ def test_what_cannot_be_written_is_reported_and_the_next_is_tried(tmp_path: Path
     assert [one.error for one in writer.wait()] == [None]
 
 
+def test_a_fault_in_the_thread_is_raised_where_the_run_sees_it(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, keep=2)
+    writer.write(1, {"model": {"w": "no tensor"}}, {})  # type: ignore[dict-item]
+    with pytest.raises(AttributeError):
+        writer.wait()
+    writer.write(2, tensors(2), {})
+    assert [one.step for one in writer.wait()] == [2]
+
+
 def test_an_error_of_the_run_still_leaves_the_checkpoint_on_its_way(tmp_path: Path) -> None:
     with suppress(RunError), Writer(tmp_path, keep=2) as writer:
         writer.write(7, tensors(7), {})
@@ -81,27 +87,14 @@ def test_an_error_of_the_run_still_leaves_the_checkpoint_on_its_way(tmp_path: Pa
     assert checkpoint.newest(tmp_path)[0].step == 7
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MB that is really full when it is full."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root on Linux")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
-
-
 def run(text_file: Path, out: Path, *hooks: Any) -> Result:
     return train(resolve(None, [*SETTINGS, f"data={text_file}", f"out={out}"]).recipe, hooks=hooks)
 
 
 def test_on_a_disk_that_fills_up_training_goes_on_and_nothing_is_missing_once_there_is_room(
-    text_file: Path, small_disk: Path, tmp_path: Path
+    text_file: Path, disk_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    small_disk = disk_of("3m")
     filler, waits = small_disk / "filler", list[str]()
 
     def fill_and_free(event: Event) -> None:

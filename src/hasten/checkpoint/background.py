@@ -56,6 +56,7 @@ class Writer:
         self.root, self._keep = root, keep
         self._thread: threading.Thread | None = None
         self._written: list[Written] = []
+        self._failure: Exception | None = None
 
     def __enter__(self) -> Writer:
         return self
@@ -80,9 +81,9 @@ class Writer:
 
     def done(self) -> list[Written]:
         """Return what has ended since this was last asked, without waiting."""
-        if self._thread is not None and not self._thread.is_alive():
-            self._join()
-        # While a thread is alive it may add to the list; what is taken is what was there.
+        if self._thread is not None and self._thread.is_alive():
+            return []
+        self._join()
         taken, self._written = self._written, []
         return taken
 
@@ -95,6 +96,9 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         began = time.perf_counter()
@@ -105,4 +109,7 @@ class Writer:
             error = failure
         except MemoryError:
             error = RunError(f"Could not save step {step}: there is no memory left; older checkpoints are untouched.")
+        except Exception as failure:  # a fault of ours: raised where the run can see it, never lost with the thread
+            self._failure = failure
+            return
         self._written.append(Written(step, path, error, time.perf_counter() - began))

@@ -21,7 +21,7 @@ from hasten.loop.snapshots import restore
 from hasten.loop.state import State
 from hasten.recipe import Recipe, resolve, schema
 from hasten.recipe.recipe import Resolved
-from hasten.recipe.settings import read_mapping, read_overrides
+from hasten.recipe.settings import read_mapping, read_overrides, without_none
 from hasten.record import RunFolder
 from hasten.schedules import SETTINGS, Progress
 
@@ -243,7 +243,7 @@ def _settings(recipe: Recipe, loaded: checkpoint.Loaded, run: str, schedule: str
         "branch_from": run,
         "branch_step": loaded.step,
     }
-    return _without_none(settings)
+    return without_none(settings)
 
 
 def _full_lengths(recipe: Recipe) -> dict[str, Any]:
@@ -265,11 +265,3 @@ def _present_batch(recipe: Recipe, loaded: checkpoint.Loaded) -> dict[str, Any]:
 
 def _is_fixed(key: str) -> bool:
     return key in FIXED or key.partition(".")[0] in FIXED
-
-
-def _without_none(tables: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(value) if isinstance(value, Mapping) else value
-        for key, value in tables.items()
-        if value is not None
-    }

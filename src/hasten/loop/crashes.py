@@ -13,6 +13,7 @@ from typing import Any
 from hasten.data.documents import DocumentPart
 from hasten.errors import RunError, printable
 from hasten.loop.identity import CRASH_LOOP, Allowed, Change
+from hasten.loop.leaving import stretch_at
 from hasten.loop.state import State
 from hasten.loop.telling import Teller
 from hasten.record import RunFolder, read_events
@@ -174,7 +175,8 @@ def _reads(state: State, step: int) -> str:
         return f"step {step + 1:,} comes next"
     position, said = state.position, []
     for number in range(state.step, step + 2):
-        position = _past_jumps(state, position)
+        while found := stretch_at(state, position):
+            position = found.end
         progress = state.progress(number)
         rows, length = state.batch_sizes(progress), state.lengths(progress, number)
         if number >= step:
@@ -183,12 +185,6 @@ def _reads(state: State, step: int) -> str:
             said.append(f"the batch of step {number + 1:,} begins at position {place} ({_named(parts)})")
         position = state.batches.skip(position, rows=rows, length=length).position
     return " and ".join(said)
-
-
-def _past_jumps(state: State, position: tuple[int, ...]) -> tuple[int, ...]:
-    while found := next((jump for jump in state.jumps if jump.begin == position), None):
-        position = found.end
-    return position
 
 
 def _named(parts: Sequence[DocumentPart]) -> str:

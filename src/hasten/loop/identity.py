@@ -15,6 +15,7 @@ from hasten.errors import HastenError, RecipeError, nearest, one_line
 from hasten.loop.state import State, pick_device
 from hasten.recipe import Recipe, resolve, schema
 from hasten.recipe.names import RENAMED, SHORT
+from hasten.recipe.settings import without_none
 from hasten.record.environment import code_sha256
 
 CRASH_LOOP = "crash-loop"
@@ -232,7 +233,7 @@ def recipe_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
 def as_recipe(choices: Mapping[str, Any]) -> Recipe | None:
     """Return the recipe that `Recipe.to_dict` gave; None where this hasten does not know such a recipe any more."""
     try:
-        return resolve(_without_none(choices)).recipe
+        return resolve(without_none(choices)).recipe
     except HastenError:
         return None
 
@@ -260,14 +261,6 @@ def _leaves(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{leaf}", inner) for leaf, inner in value.items())
         else:
             yield key, value
-
-
-def _without_none(tables: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(value) if isinstance(value, Mapping) else value
-        for key, value in tables.items()
-        if value is not None
-    }
 
 
 def _shown(value: Any) -> str:

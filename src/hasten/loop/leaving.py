@@ -17,9 +17,14 @@ NAMED_DOCUMENTS = 16
 
 def jump(state: State) -> None:
     """Move the place in the data past every stretch that is left out and begins there."""
-    while found := next((stretch for stretch in state.jumps if stretch.begin == state.position), None):
+    while found := stretch_at(state, state.position):
         state.position = found.end
         count_left_out(state, DAMAGED, found.tokens)
+
+
+def stretch_at(state: State, position: tuple[int, ...]) -> Jump | None:
+    """Return the stretch that is left out and begins at `position`, None where the data goes on there."""
+    return next((stretch for stretch in state.jumps if stretch.begin == position), None)
 
 
 def count_left_out(state: State, cause: str, tokens: int) -> None:

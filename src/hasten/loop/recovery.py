@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hasten.loop.leaving import GUARDED, count_left_out
+from hasten.loop.leaving import DAMAGED, GUARDED, count_left_out
 from hasten.loop.snapshots import hold, keeps_in_memory, restore, snapshot
 from hasten.loop.state import State
 from hasten.loop.telling import Teller
@@ -32,12 +32,19 @@ def go_back(state: State, tell: Teller, reason: str) -> None:
         state.status, state.reason = "diverged", f"{reason}, and there is no earlier state to go back to"
         return
     failed_at, read, guard = state.step, _tokens_read(state), state.guard.state_dict()
+    notes = state.notes
     goes_on = {name: getattr(state, name) for name in ("position", "clock", "phases", "progress", "jumps")}
     restore(state, kept.tensors, kept.plain)
     for name, value in goes_on.items():
         setattr(state, name, value)
     if "branch" not in state.notes:  # a wall-clock budget may have been planned again since
         state.optimizer.set_horizon(state.total_steps)
+    # What goes on from here has happened, whatever the snapshot knew of it.
+    damaged = notes.get("left_out", {}).get(DAMAGED, 0) - state.notes.get("left_out", {}).get(DAMAGED, 0)
+    if damaged:
+        count_left_out(state, DAMAGED, damaged)
+    if "micro_rows" in notes:
+        state.notes["micro_rows"] = notes["micro_rows"]
     state.guard.load_state_dict(guard)
     state.guard.rolled_back(kept.plain["guard"])
     lost = read - _tokens_read(state)
@@ -58,5 +65,5 @@ def _tokens_read(state: State) -> int:
 
 
 def goes_back_to_checkpoints(state: State) -> bool:
-    """Say whether the run goes back to its checkpoints, which costs no memory but more steps."""
+    """Say whether the run goes back to its checkpoints, which holds no copy in memory and loses more steps."""
     return state.guard.allows_rollback and state.recipe.guard.snapshot == "disk"

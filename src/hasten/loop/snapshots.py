@@ -55,13 +55,15 @@ def hold(state: State, kept: Snapshot | None) -> None:
 
 
 def snapshot_bytes(state: State, state_bytes: int) -> int:
-    """Return the bytes of the snapshot that a run holds where it trains, on a CPU; 0 on a device of its own.
+    """Return the bytes of the copy that checkpoints are written from, where it shares the memory of training: on a CPU.
+
+    It is there while one is written, and all the time where the guard goes back to it.
 
     Args:
         state: of the run.
         state_bytes: of its optimizer.
     """
-    if state.device.type != "cpu" or not keeps_in_memory(state):
+    if state.device.type != "cpu":
         return 0
     return state_bytes + sum(4 * master.numel() for master in state.precision.named_masters().values())
 

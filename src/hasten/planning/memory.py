@@ -33,8 +33,8 @@ class Memory:
         is_measured: whether `total` is the peak of real steps in a process of their own; if not, it is the sum of
             what was counted and of what this process held before.
         machine: bytes that there are; 0 where nobody says.
-        snapshot: on a CPU, the copy of weights and optimizer state that the guard goes back to and checkpoints are
-            written from.
+        snapshot: on a CPU, the copy of weights and optimizer state that checkpoints are written from and the guard
+            goes back to.
     """
 
     weights: int

@@ -21,9 +21,10 @@ from hasten.errors import HastenError
 from hasten.loop import State, capture, start, train_step
 from hasten.loop.between import validate
 from hasten.loop.probing import probe
-from hasten.loop.snapshots import hold, keeps_in_memory, snapshot
+from hasten.loop.snapshots import hold, snapshot
 from hasten.planning.measurement import Measured, Point
 from hasten.recipe import Recipe, resolve
+from hasten.recipe.settings import without_none
 
 # Steps of every kind that are timed, after those that warm up. A run that is not planned yet has this many steps here.
 STEPS, WARM_UP, HORIZON = 10, 2, 10**6
@@ -68,9 +69,10 @@ def trial(recipe: Recipe, data: PreparedData, *, seconds: float, model: Callable
     full = state.batch_sizes.rows // state.batch_sizes.micro_rows
     kinds, notes = _kinds(state, full, STEPS_SHARE * seconds)
     points = _timed(state, kinds, STEPS_SHARE * seconds)
-    if keeps_in_memory(state):
-        hold(state, snapshot(state))
-        _step(state, kinds[0])  # memory is then as it is in a run
+    taken = snapshot(state)  # there while a checkpoint is written, and all the time if the guard goes back to it
+    hold(state, taken)
+    _step(state, kinds[0])
+    del taken
     saving = _checkpoint(state)
     peak = _peak(state)
     is_narrow = recipe.precision.name != "float32" and state.device.type == "cpu"
@@ -233,7 +235,7 @@ def _beside_float32(
 ) -> float:
     """Return how much longer a step takes than in float32, both timed in turns."""
     table = state.recipe.to_dict()
-    plain = resolve({**_given(table), "precision": {"name": "float32"}}).recipe
+    plain = resolve({**without_none(table), "precision": {"name": "float32"}}).recipe
     others = {"narrow": state, "plain": _started(plain, data, model)}
     small = dataclasses.replace(kind, micro_batches=1)
     _step(others["plain"], small)
@@ -242,13 +244,6 @@ def _beside_float32(
         taken = {name: _step(other, small)[1] for name, other in others.items()}
         ratios.append(taken["narrow"] / taken["plain"])
     return statistics.median(ratios)
-
-
-def _given(table: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is None, at every level."""
-    return {
-        key: _given(value) if isinstance(value, dict) else value for key, value in table.items() if value is not None
-    }
 
 
 def _run(state: State) -> dict[str, Any]:

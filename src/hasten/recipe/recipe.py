@@ -34,7 +34,7 @@ from hasten.recipe.names import Given
 from hasten.recipe.optimizers import AdamWChoices, Optimizers
 from hasten.recipe.schedules import CosineChoices, Schedules
 from hasten.recipe.schema import Expected, Schema
-from hasten.recipe.settings import combine, read_mapping, read_overrides, read_toml, sentence
+from hasten.recipe.settings import combine, read_mapping, read_overrides, read_toml, sentence, without_none
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -172,7 +172,7 @@ class Recipe(Choices):
 
     def to_toml(self) -> str:
         """Return the recipe as TOML, defaults included; `resolve` of that text is this recipe again."""
-        return tomli_w.dumps(_without_none(self.to_dict()))
+        return tomli_w.dumps(without_none(self.to_dict()))
 
     def default_run_name(self) -> str:
         """Return ``<corpus>-<model>-<8 hex digits of sha256>``, safe as a file name."""
@@ -273,7 +273,7 @@ def _read_source(source: Recipe | Mapping[str, Any] | str | Path | None) -> list
     if source is None:
         return []
     if isinstance(source, Recipe):
-        return read_mapping(_without_none(source.to_dict()), "in the recipe")
+        return read_mapping(without_none(source.to_dict()), "in the recipe")
     if isinstance(source, Mapping):
         return read_mapping(source, "in the recipe")
     if isinstance(source, str) and "\n" in source:
@@ -299,15 +299,6 @@ def _recipe_path(source: str | Path) -> Path:
         f"There is no recipe {printable(str(source))!r}{nearest(str(source), built_in) or '.'} Give a TOML file, the "
         f"folder of a run, or a built-in recipe ({', '.join(built_in) or 'none'})."
     )
-
-
-def _without_none(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what is None, which TOML cannot write; every such key defaults to None."""
-    return {
-        key: _without_none(value) if isinstance(value, Mapping) else value
-        for key, value in tables.items()
-        if value is not None
-    }
 
 
 def _name_first(value: Any) -> Any:

@@ -250,3 +250,17 @@ def _shown(key: str, value: Any, given: Given | None) -> str:
     typed = "" if is_short_form or not name else f" (given as {one_line(given.name)})"
     where = "" if given.origin == ON_COMMAND_LINE else f" {given.origin}"
     return f"{key}={replace(given, value=value).shown()}{typed}{where}"
+
+
+def without_none(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested tables without what is None, which TOML cannot write; every such key of a recipe defaults to None.
+
+    Example:
+        >>> without_none({"out": None, "batch": {"tokens": 512, "schedule": None}})
+        {'batch': {'tokens': 512}}
+    """
+    return {
+        key: without_none(value) if isinstance(value, Mapping) else value
+        for key, value in tables.items()
+        if value is not None
+    }
