@@ -210,3 +210,12 @@ def test_answer_of_leaving_out_says_what_to_keep():
 
 def test_answer_of_head_to_head_names_both():
     assert "Use muon rather than base" in said(GOOD, mode="head-to-head", names=["muon vs base"])
+
+
+def test_an_interval_apart_from_zero_that_decides_nothing_says_why():
+    found = effect(-0.05, -0.03, -0.02, -0.045)
+    (alone,) = judged({"bits_per_byte": found}, by_time=False)
+    many = judged(*[{"bits_per_byte": found}] * 20, by_time=False)
+    assert alone.verdict == "pays"
+    assert {one.verdict for one in many} == {"unknown"}
+    assert "once all comparisons are corrected for" in many[0].reason

@@ -155,9 +155,12 @@ def _worded(
     more = further_seeds(bits.logs, half_width=wanted, level=found.level)
     how = f"about {more} more seeds" if more else "one more seed" if more == 0 else "far more seeds"
     how = "one more seed" if more == 1 else how
+    # The interval is that of this comparison alone, and the verdict is corrected for all of them.
+    is_apart = p is not None and found.low * found.high > 0
+    corrected = f" (p {p:.2g} once all comparisons are corrected for, which is not enough)" if is_apart else ""
     return Judged(
         "unknown",
-        f"Between {_signed(found.low)} and {_signed(found.high)} bits per byte: {how} would tell.",
+        f"Between {_signed(found.low)} and {_signed(found.high)} bits per byte{corrected}: {how} would tell.",
         p,
         p_raw,
         1 if more == 0 else more,
