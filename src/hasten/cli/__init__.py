@@ -24,10 +24,18 @@ def main(arguments: list[str] | None = None) -> None:
     from hasten.cli.app import app
     from hasten.errors import HastenError, printable
 
-    for name in ("SIGTERM", "SIGHUP"):
+    asked: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        asked.append(128 + number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(asked[0])
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = signal.Signals.__members__.get(name)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, _terminated)
+            signal.signal(number, leave)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter that a terminal lacks is no reason to lose a run
             stream.reconfigure(errors="backslashreplace")
@@ -41,13 +49,14 @@ def main(arguments: list[str] | None = None) -> None:
         # Whoever read the output has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(DONE)
+    except Exception:
+        if not asked:
+            raise
+        # A library that calls back into Python, such as pydantic, makes an error of its own of being told to leave.
+        sys.exit(_say("stopped.", asked[0]))
 
 
 def _say(sentence: str, code: int) -> int:
     with contextlib.suppress(OSError):  # there may be nobody left to tell
         print(f"hasten: {sentence}", file=sys.stderr)
     return code
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
