@@ -22,8 +22,8 @@ MAX_LINES = 400
 # A room imports only rooms of a lower layer; files of one room may import each other. `errors` is the ground.
 LAYERS = (
     {"errors"},
-    {"cache", "files", "duration", "schedules", "distributed"},
-    {"data", "model", "optim", "clip", "guard", "precision"},
+    {"cache", "files", "duration", "schedules", "distributed", "sharding"},
+    {"data", "model", "optim", "clip", "guard", "precision", "parallel"},
     {"recipe"},
     {"checks", "evaluation", "generation", "exports", "checkpoint", "record", "pacing", "proof"},
     {"loop", "pool", "statistics"},
@@ -39,6 +39,8 @@ PACKAGES = {
     "model": {"safetensors", "torch"},
     "optim": {"torch"},
     "clip": {"torch"},
+    "parallel": {"torch"},
+    "sharding": {"torch"},
     "precision": {"torch"},
     "recipe": {"annotated_types", "pydantic", "tomli", "tomli_w", "typing_extensions"},
     "evaluation": {"numpy", "torch"},

@@ -19,7 +19,7 @@ from hasten.loop import Event, Result, State, restore, start, train
 from hasten.loop.between import validate
 from hasten.loop.leaving import DAMAGED, GUARDED, count_left_out
 from hasten.loop.recovery import go_back
-from hasten.loop.session import prepare_for
+from hasten.loop.sources import prepare_for
 from hasten.loop.snapshots import hold, snapshot
 from hasten.loop.steps import advance
 from hasten.loop.telling import Teller

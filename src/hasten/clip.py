@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError
+from hasten.sharding import anywhere, local_parts, total_norm, unit_norms
 
 # What a norm may be above its limit by and still count as held: rounding, in whatever format the gradients are.
 SLACK = 1.001
@@ -75,7 +76,7 @@ class NoClip(_Forgetful):
     """
 
     def __call__(self, parameters: Sequence[Tensor]) -> ClipReport:
-        norm = torch.nn.utils.get_total_norm(_gradients(parameters))
+        norm = total_norm(_gradients(parameters))
         return ClipReport(norm, torch.zeros((), dtype=torch.bool, device=norm.device))
 
     @property
@@ -116,7 +117,9 @@ class ClipNorm(_Forgetful):
         _check("max_norm", self.max_norm)
 
     def __call__(self, parameters: Sequence[Tensor]) -> ClipReport:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        gradients = _gradients(parameters)
+        norm = total_norm(gradients)
+        _scale(gradients, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))  # the 1e-6 is torch's
         return ClipReport(norm, norm > self.max_norm)
 
     @property
@@ -126,7 +129,7 @@ class ClipNorm(_Forgetful):
 
     def holds(self, parameters: Sequence[Tensor]) -> Tensor:
         """Return whether the norm is at most `max_norm`, to a thousandth."""
-        return torch.nn.utils.get_total_norm(_gradients(parameters)) <= self.max_norm * SLACK
+        return total_norm(_gradients(parameters)) <= self.max_norm * SLACK
 
 
 @dataclass(frozen=True)
@@ -155,10 +158,10 @@ class ClipValue(_Forgetful):
 
     def __call__(self, parameters: Sequence[Tensor]) -> ClipReport:
         gradients = _gradients(parameters)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-        if gradients:  # torch's own fails where there is none
-            torch.nn.utils.clip_grad_value_(parameters, self.max_value)
+        norm = total_norm(gradients)
+        largest = total_norm(gradients, norm_type=float("inf"))
+        for gradient in local_parts(gradients):
+            gradient.clamp_(-self.max_value, self.max_value)
         return ClipReport(norm, largest > self.max_value)
 
     @property
@@ -168,7 +171,7 @@ class ClipValue(_Forgetful):
 
     def holds(self, parameters: Sequence[Tensor]) -> Tensor:
         """Return whether every element is at most `max_value`, to a thousandth."""
-        largest = torch.nn.utils.get_total_norm(_gradients(parameters), norm_type=float("inf"))
+        largest = total_norm(_gradients(parameters), norm_type=float("inf"))
         return largest <= self.max_value * SLACK
 
 
@@ -246,14 +249,14 @@ class AGC(_Forgetful):
         _check("eps", self.eps)
 
     def __call__(self, parameters: Sequence[Tensor]) -> ClipReport:
-        norm = torch.nn.utils.get_total_norm(_gradients(parameters))
+        gradients = _gradients(parameters)
+        norm = total_norm(gradients)
         clipped = torch.zeros((), dtype=torch.bool, device=norm.device)
-        for gradient, most in self._limits(parameters):
-            size = _unit_norms(gradient)
+        for gradient, size, most in self._limits(parameters):
             is_above = (size > most) & size.isfinite()
             gradient.mul_(torch.where(is_above, most / size, 1.0))
             clipped = clipped | is_above.any().to(norm.device)
-        return ClipReport(norm, clipped)
+        return ClipReport(norm, anywhere(clipped, gradients))
 
     @property
     def limit(self) -> float:
@@ -262,16 +265,17 @@ class AGC(_Forgetful):
 
     def holds(self, parameters: Sequence[Tensor]) -> Tensor:
         """Return whether every unit is within its limit, to a thousandth."""
-        within = [(_unit_norms(gradient) <= most * SLACK).all() for gradient, most in self._limits(parameters)]
-        if not within:
+        beyond = [(size > most * SLACK).any() for _, size, most in self._limits(parameters)]
+        if not beyond:
             return torch.ones((), dtype=torch.bool)
-        return torch.stack([held.to(within[0].device) for held in within]).all()
+        return ~anywhere(torch.stack([held.to(beyond[0].device) for held in beyond]).any(), _gradients(parameters))
 
-    def _limits(self, parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every gradient, and how long it may be in each unit."""
-        for parameter in parameters:
-            if parameter.grad is not None:
-                yield parameter.grad, self.clipping * _unit_norms(parameter.detach()).clamp(min=self.eps)
+    def _limits(self, parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield what this process holds of every gradient, how long it is in each unit, and how long it may be."""
+        moved = [parameter for parameter in parameters if parameter.grad is not None]
+        gradients, weights = _gradients(moved), [parameter.detach() for parameter in moved]
+        for gradient, size, weight in zip(local_parts(gradients), unit_norms(gradients), unit_norms(weights)):
+            yield gradient, size, self.clipping * weight.clamp(min=self.eps)
 
 
 class ZClip:
@@ -317,7 +321,7 @@ class ZClip:
 
     def __call__(self, parameters: Sequence[Tensor]) -> ClipReport:
         gradients = _gradients(parameters)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         self._move(norm.device)
         size = norm.float()
         deviation = self._variance.sqrt() + RELATIVE_EPS * self._mean
@@ -326,8 +330,7 @@ class ZClip:
         usual = torch.where(clipped, self._mean + deviation * self.threshold**2 / z, size)
         self._allowed = torch.where(clipped, usual, math.inf)
         scale = torch.where(clipped, usual / size, 1.0)
-        for gradient in gradients:
-            gradient.mul_(scale.to(gradient.device))
+        _scale(gradients, scale)
         self._remember(usual)
         return ClipReport(norm, clipped)
 
@@ -338,7 +341,7 @@ class ZClip:
 
     def holds(self, parameters: Sequence[Tensor]) -> Tensor:
         """Return whether the norm is at most what the last step was allowed, to a thousandth."""
-        norm = torch.nn.utils.get_total_norm(_gradients(parameters))
+        norm = total_norm(_gradients(parameters))
         return norm <= self._allowed.to(norm.device) * SLACK
 
     def state_dict(self) -> dict[str, float]:
@@ -369,11 +372,12 @@ class ZClip:
         self._seen = torch.where(is_known, seen, self._seen)
 
 
-def _unit_norms(tensor: Tensor) -> Tensor:
-    """Return the norm of every unit, shaped to be multiplied with the tensor."""
-    if tensor.ndim < 2:
-        return torch.linalg.vector_norm(tensor)
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True)
+def _scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in local_parts(list(gradients)):
+        by_device.setdefault(gradient.device, []).append(gradient)
+    for device, held in by_device.items():
+        torch._foreach_mul_(held, factor.to(device))
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -62,6 +62,10 @@ class RunError(HastenError):
     """A run folder, a device or a disk cannot be used."""
 
 
+class SaidElsewhere(HastenError):
+    """What is wrong is said by the first process of a run, for all of them."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``", did you mean 'x'?"`` for the closest of `known` (two where both are as close), ``""`` when none is.
 

@@ -8,6 +8,7 @@ Dimensions: B rows, T positions.
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hasten.data.corpus import CorpusSpec, Piece, open_corpus
 from hasten.data.tokenizer import Tokenizer, load_tokenizer
+from hasten.distributed import ALONE, Ranks
 from hasten.errors import DataError, RunError
 from hasten.model import NO_TARGET, Decoder, loss_sum, read_model
 
@@ -60,6 +62,7 @@ def evaluate_shards(
     document_token: int,
     max_tokens: int | None = None,
     micro_rows: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Return how well `model` predicts a stored stream of tokens.
 
@@ -73,6 +76,7 @@ def evaluate_shards(
         max_tokens: predict about so many only, in whole rows spread evenly over the stream, the same ones every
             time. None: all.
         micro_rows: rows of one forward pass; chosen by the memory that logits take if None.
+        ranks: that make this call at the same time, and share the rows.
 
     Raises:
         DataError: fewer than two tokens.
@@ -83,7 +87,7 @@ def evaluate_shards(
     wanted = num_rows if max_tokens is None else min(num_rows, max(1, -(-max_tokens // seq_len)))
     rows = (number * num_rows // wanted for number in range(wanted))
     spans = (shards.read(row * seq_len, min(row * seq_len + seq_len + 1, shards.num_tokens)) for row in rows)
-    nats, tokens = _predict(model, spans, seq_len, document_token, micro_rows)
+    nats, tokens = _predict(model, spans, seq_len, document_token, micro_rows, ranks)
     predictable = shards.num_tokens - 1
     return Evaluation(
         loss=nats / tokens,
@@ -208,23 +212,42 @@ def _rows(chunks: Iterable[np.ndarray], seq_len: int) -> Iterator[np.ndarray]:
         yield held
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what FSDP gathers inside it could not be trained with afterwards
 def _predict(
-    model: Decoder, spans: Iterable[np.ndarray], seq_len: int, fill: int, micro_rows: int | None
+    model: Decoder,
+    spans: Iterable[np.ndarray],
+    seq_len: int,
+    fill: int,
+    micro_rows: int | None,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, int]:
-    """Return the summed loss in nats of every token but the first of every span, and how many those are."""
+    """Return the summed loss in nats of every token but the first of every span, and how many those are.
+
+    Of several ranks each does every so manieth pass, all of them equally many.
+    """
     micro_rows = micro_rows or max(1, LOGITS_PER_PASS // (seq_len * model.config.vocab_size))
     device = model.lm_head.weight.device
     was_training = model.training
     model.eval()
     nats, num_tokens = 0.0, 0
     try:
-        for tokens_BT, labels_BT in _batches(spans, seq_len, fill, micro_rows):
+        for tokens_BT, labels_BT in _shared_out(_batches(spans, seq_len, fill, micro_rows), ranks):
             nats += loss_sum(model, tokens_BT.to(device), labels_BT.to(device)).item()
             num_tokens += int((labels_BT != NO_TARGET).sum())
     finally:
         model.train(was_training)
-    return nats, num_tokens
+    nats, total = ranks.sums([nats, float(num_tokens)])
+    return nats, round(total)
+
+
+def _shared_out(batches: Iterator[tuple[Tensor, Tensor]], ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of this rank; where there is none left for it, one that counts nothing."""
+    while turn := list(itertools.islice(batches, ranks.size)):
+        if ranks.rank < len(turn):
+            yield turn[ranks.rank]
+        else:
+            tokens_BT, labels_BT = turn[0]
+            yield tokens_BT[:1], torch.full_like(labels_BT[:1], NO_TARGET)
 
 
 def _batches(spans: Iterable[np.ndarray], seq_len: int, fill: int, micro_rows: int) -> Iterator[tuple[Tensor, Tensor]]:

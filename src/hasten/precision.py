@@ -58,6 +58,7 @@ class Precision:
     Args:
         model: changed in place. Its forward must compute in the type of its matrices, and its norms in float32.
         name: ``float32``, ``bf16`` or ``fp16``.
+        is_sharded: the model's weights are float32 shards, which are gathered in the compute format.
 
     Raises:
         RecipeError: an unknown name.
@@ -74,7 +75,7 @@ class Precision:
         (False, torch.bfloat16, torch.float32)
     """
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: nn.Module, name: str, *, is_sharded: bool = False) -> None:
         if name not in PRECISIONS:
             raise RecipeError(
                 f"precision={name!r} is unknown{nearest(name, PRECISIONS)}; give {', '.join(PRECISIONS)}."
@@ -84,7 +85,7 @@ class Precision:
         self._model = model
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
         for parameter in model.parameters():  # a shared parameter comes once, and stays shared
-            if name == "float32" or parameter.ndim < 2:
+            if name == "float32" or parameter.ndim < 2 or is_sharded:
                 continue
             master = nn.Parameter(parameter.detach().float().clone(), requires_grad=parameter.requires_grad)
             parameter.data = parameter.data.to(self.dtype)
@@ -100,17 +101,20 @@ class Precision:
         """Return the masters under the model's names; a shared parameter once, under its first name."""
         return {name: self.master(parameter) for name, parameter in self._model.named_parameters()}
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_collected: bool = False) -> None:
         """Add the gradients of `loss` (scaled) to the masters' float32 gradients.
 
         Args:
             loss: a scalar, already divided by what the whole optimizer step is normalised with.
+            is_collected: the backward pass itself adds them to the masters'.
         """
         self._scaler.scale(loss).backward()
         for parameter, master in self._masters.items():
             if parameter.grad is None:
                 continue
-            if master.grad is None:
+            if is_collected:
+                pass
+            elif master.grad is None:
                 master.grad = parameter.grad.float()
             else:
                 master.grad.add_(parameter.grad)

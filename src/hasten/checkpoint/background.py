@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
-
-from hasten.checkpoint.steps import save
+from hasten.checkpoint.steps import Groups, save
+from hasten.distributed import ALONE, Ranks
 from hasten.errors import CheckpointError, RunError
 
 
@@ -43,6 +42,10 @@ class Writer:
     Args:
         root: folder of the run's checkpoints; no one else may save into it meanwhile.
         keep: checkpoints to leave in place, at least 1.
+        ranks: that write each checkpoint together, all of which make the same calls of `write` in the same order.
+            The thread speaks through it, so it needs a group that nothing else uses, with a time limit that the
+            slowest disk keeps. What `done` returns is what has ended as this rank sees it: another one may be told
+            of it a step later. `wait` returns the same steps, written or not, on all.
 
     Example:
         >>> import tempfile, torch
@@ -52,8 +55,8 @@ class Writer:
         [(10, 'step-00000010', None)]
     """
 
-    def __init__(self, root: Path, keep: int) -> None:
-        self.root, self._keep = root, keep
+    def __init__(self, root: Path, keep: int, ranks: Ranks = ALONE) -> None:
+        self.root, self._keep, self._ranks = root, keep, ranks
         self._thread: threading.Thread | None = None
         self._written: list[Written] = []
         self._failure: Exception | None = None
@@ -66,13 +69,15 @@ class Writer:
         if error is None or isinstance(error, Exception):
             self._join()
 
-    def write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    def write(self, step: int, tensors: Groups | Callable[[], Groups], state: Mapping[str, Any] | None) -> None:
         """Begin to write a checkpoint, once the one before is through.
 
         Args:
             step: optimizer steps done.
-            tensors: groups of named tensors; nobody may change them until the checkpoint is written.
-            state: plain data, likewise.
+            tensors: groups of named tensors, or a function that returns them and is called in the thread; nobody may
+                change them until the checkpoint is written. Of several ranks each gives whole tensors that no other
+                one gives.
+            state: plain data, likewise; that of the first rank is taken.
         """
         self._join()
         # A daemon: a second Ctrl-C ends the process at once, and a save that was cut off does no harm.
@@ -100,11 +105,11 @@ class Writer:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    def _write(self, step: int, tensors: Groups | Callable[[], Groups], state: Mapping[str, Any] | None) -> None:
         began = time.perf_counter()
         path, error = None, None
         try:
-            path = save(self.root, step, tensors, state, keep=self._keep)
+            path = save(self.root, step, tensors, state, keep=self._keep, ranks=self._ranks)
         except (RunError, CheckpointError) as failure:
             error = failure
         except MemoryError:

@@ -9,111 +9,106 @@
 The manifest has the size and sha256 of every file and a sha256 of itself, so one changed bit anywhere is found. A
 folder gets its name only after everything in it is on the disk and was read back, and an older checkpoint is deleted
 only after that name is on the disk too: a crash or a power cut at any moment leaves the old state or the new one.
+
+Several ranks write one checkpoint together, each the whole tensors that it is given, in files of its own
+(``model.00003.safetensors``); the first rank makes the folder, and the manifest once all are through. How many ranks
+there were means nothing to who reads it: one process, or any other number of them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import re
+import functools
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hasten.checkpoint.tensors import (
-    Damage,
-    hash_file,
-    parse_json,
-    read_bytes,
-    read_tensors,
-    write_bytes,
-    write_tensors,
+from hasten.checkpoint import folders
+from hasten.checkpoint.agreement import agree
+from hasten.checkpoint.manifest import (
+    STATE,
+    file_name,
+    json_bytes,
+    named,
+    read_manifest,
+    read_state,
+    tensor_files,
+    write_manifest,
 )
-from hasten.errors import CheckpointError, RunError, printable
+from hasten.checkpoint.stored import Loaded, gather, open_verified, verify
+from hasten.checkpoint.tensors import Damage, read_places, read_tensors, write_bytes, write_tensors
+from hasten.distributed import ALONE, Ranks
+from hasten.errors import CheckpointError, HastenError, RunError, printable
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-STATE = "state.json"
-MAX_JSON_BYTES = 64 << 20
-_STEP = re.compile(r"step-(\d{8,18})")
-_GROUP = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_TENSOR_FILE = re.compile(r"([A-Za-z0-9_-]{1,64})\.safetensors")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A verified checkpoint: its step, groups of named tensors on the CPU, plain data, and where it was read."""
-
-    step: int
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-    path: Path
+Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 def save(
     root: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
+    tensors: Groups | Callable[[], Groups],
+    state: Mapping[str, Any] | None,
     *,
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write a checkpoint of `step` under `root` and return its folder; then delete those older than the last `keep`.
 
     Args:
-        root: the folder of a run's checkpoints, created if needed. One process at a time may save into it.
+        root: the folder of a run's checkpoints, created if needed. One run at a time may save into it; all of its
+            ranks see it.
         step: optimizer steps done, >= 0. A checkpoint of the same step is replaced.
-        tensors: groups of named tensors, each group a file; group names are letters, digits, ``_`` and ``-``.
-        state: plain data that JSON can hold (nan and infinity included; tuples come back as lists).
+        tensors: groups of named tensors, each group a file; group names are letters, digits, ``_`` and ``-``. Of
+            several ranks each gives whole tensors that no other one gives. Or a function that returns them, which
+            every rank calls before anything else; where it fails on one, the save ends on all.
+        state: plain data that JSON can hold (nan and infinity included; tuples come back as lists). That of the first
+            rank is taken.
         keep: checkpoints to leave in place, this one included, >= 1.
+        ranks: that make this call at the same time.
 
     Raises:
         RunError: the disk is full or refuses; every older checkpoint is untouched and nothing half-written stays.
+            Where there are several ranks, whatever failed on one of them is this error on all.
         CheckpointError: a value or a name that a checkpoint cannot hold.
     """
     root = Path(root)
-    if keep < 1 or step < 0:
-        raise CheckpointError(f"keep={keep}, step={step}: give keep of at least 1 and a step of at least 0.")
-    for group in tensors:
-        if not _GROUP.fullmatch(group):
-            raise CheckpointError(f"{group!r} cannot name a group of tensors; use letters, digits, '_' and '-'.")
-    content = _json_bytes(state)
     final = root / f"step-{step:08d}"
     temporary = final.with_name(f"{final.name}.tmp")
+    told = functools.partial(_told_of_save, root, step, ranks)
+    own = ranks.rank if ranks.size > 1 else None
+    content: bytes = b""
+    groups: Groups = {}
+
+    def prepare() -> dict[str, bool]:
+        nonlocal content, groups
+        groups = tensors() if callable(tensors) else tensors
+        if keep < 1 or step < 0:
+            raise CheckpointError(f"keep={keep}, step={step}: give keep of at least 1 and a step of at least 0.")
+        for group in groups:
+            file_name(group, own)
+        if ranks.is_main:
+            content = json_bytes(state)
+            folders.make_room(root, temporary)
+        return {group: len(group_tensors) > 0 for group, group_tensors in groups.items()}
+
+    def finish() -> None:
+        if ranks.is_main:
+            files = {name: entry for part in written for name, entry in part.items()}
+            _finish(temporary, step, files, content)
+            folders.put_in_place(temporary, final)
+            folders.prune(final, step, keep)
+
     try:
-        _make_root(root)
-        _tidy(root)
-        _write_folder(temporary, step, tensors, content)
-        _read_manifest_and_hash(temporary)
-        _put_in_place(temporary, final)
-        _sync_folder(root)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(
-            f"Could not save step {step} in {printable(str(root))}: {error.strerror or error}; "
-            "free or repair the disk (older checkpoints are untouched)."
-        ) from error
-    except Damage as damage:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(
-            f"Step {step} did not read back as written in {printable(str(root))} ({damage}); "
-            "check the disk (older checkpoints are untouched)."
-        ) from damage
+        held = agree(ranks, f"preparation of step {step}", prepare, told)
+        mine = _groups_of(ranks.rank, held)
+        written = agree(ranks, f"writing of step {step}", lambda: _write_part(temporary, groups, mine, own), told)
+        agree(ranks, f"completion of step {step}", finish, told)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _point_latest(root, final)
-    older = sorted(s for s, path in _found(root) if s < step and not path.suffix)
-    for gone in older[: max(0, len(older) - (keep - 1))]:
-        _delete(root / f"step-{gone:08d}")
-    _delete(final.with_name(f"{final.name}.old"))
     return final
 
 
@@ -131,226 +126,194 @@ def load(path: Path) -> Loaded:
         raise CheckpointError(f"{printable(str(path))} is damaged ({damage}); use an older checkpoint.") from None
 
 
-def newest(root: Path) -> tuple[Loaded | None, list[str]]:
+def newest(root: Path, ranks: Ranks = ALONE) -> tuple[Loaded | None, list[str]]:
     """Return the newest checkpoint under `root` that verifies, and a line for each damaged one that was passed over.
 
-    A damaged one is renamed ``.bad``. No checkpoint at all gives None.
+    A damaged one is renamed ``.bad``. No checkpoint at all gives None. Several ranks share the work of verifying, all
+    get the same one, and its tensors stay in their files (`hasten.checkpoint.Stored`).
+
+    Args:
+        root: the folder of a run's checkpoints, which all ranks see.
+        ranks: that make this call at the same time.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be trusted: starting afresh is the user's decision.
+        RunError: one cannot be read for a reason outside of it. What is raised on one rank is raised on all.
     """
     root = Path(root)
+    candidates = _candidates(root)
+    damage: str | None = None
+    while True:
+        choose = functools.partial(candidates.send, damage) if ranks.is_main else lambda: ("", [])
+        name, notes = agree(ranks, "choice of a checkpoint", choose, _told)[0]
+        if not name:
+            return None, notes
+        path, found = root / name, []
+        look = functools.partial(_look, path, ranks, found)
+        views = agree(ranks, f"reading of {name}", look, functools.partial(_told_of_reading, ranks))
+        _refuse_different_views(path, views)
+        damage = next((view.damage for view in views if view.damage), "")
+        if not damage:
+            if notes and ranks.is_main:
+                folders.point_latest(path)
+            return found[0], notes
+
+
+# How a save goes, phase by phase.
+
+
+def _groups_of(rank: int, held: list[dict[str, bool]]) -> list[str]:
+    """Return the groups of which a rank writes a file: those it has tensors of, and the first one all empty groups."""
+    filled = {group for groups in held for group, has_tensors in groups.items() if has_tensors}
+    mine = [group for group, has_tensors in held[rank].items() if has_tensors]
+    return mine if rank else [*mine, *sorted({group for groups in held for group in groups} - filled)]
+
+
+def _write_part(folder: Path, tensors: Groups, groups: list[str], rank: int | None) -> dict[str, Any]:
+    """Write the files of one rank, read them back and return their manifest entries."""
+    if not folder.is_dir():
+        raise RunError(f"{printable(str(folder))} is not there; every rank has to see the same folder of checkpoints.")
+    files = {}
+    for group in groups:
+        name = file_name(group, rank)
+        files[name] = write_tensors(folder / name, tensors.get(group, {}))
+    if rank:
+        folders.sync_folder(folder)
+    for name, entry in files.items():
+        with named(name):
+            verify(folder / name, entry)
+    return files
+
+
+def _finish(folder: Path, step: int, files: dict[str, Any], state: bytes) -> None:
+    """Complete a folder in which all ranks have written their files, and read back what is added."""
+    _refuse_shared_names(folder, files)
+    files[STATE] = write_bytes(folder / STATE, [state])
+    write_manifest(folder, step, files)
+    folders.sync_folder(folder)
+    read_manifest(folder)
+    with named(STATE):
+        verify(folder / STATE, files[STATE])
+
+
+def _refuse_shared_names(folder: Path, files: Mapping[str, Any]) -> None:
+    holders: dict[tuple[str, str], str] = {}
+    for file, group in tensor_files(files):
+        with named(file):
+            places = read_places(folder / file, files[file]["size"])
+        for place in places:
+            other = holders.setdefault((group, place.name), file)
+            if other != file:
+                raise CheckpointError(
+                    f"Both {other} and {file} got the tensor {place.name!r}; give each tensor on one rank."
+                )
+
+
+def _told_of_save(root: Path, step: int, ranks: Ranks, error: BaseException) -> HastenError | None:
+    """Return what the user is told of an error in a save, the rank named where there are several."""
+    where = printable(str(root))
+    is_alone = ranks.size == 1
+    rank = "" if is_alone else f"rank {ranks.rank}: "
+    match error:
+        case OSError():
+            return RunError(
+                f"Could not save step {step} in {where}: {rank}{error.strerror or error}; "
+                "free or repair the disk (older checkpoints are untouched)."
+            )
+        case Damage():
+            return RunError(
+                f"Step {step} did not read back as written in {where} ({rank}{error}); "
+                "check the disk (older checkpoints are untouched)."
+            )
+        case HastenError() if is_alone:
+            return error
+        case HastenError():
+            return RunError(f"Could not save step {step} in {where} (older checkpoints are untouched): {rank}{error}")
+        case MemoryError() if not is_alone:
+            return RunError(
+                f"Could not save step {step} in {where}: {rank}there is no memory left; "
+                "free some (older checkpoints are untouched)."
+            )
+    return None
+
+
+# How a checkpoint is read.
+
+
+class _View(NamedTuple):
+    """What a rank sees of a checkpoint: whether there is one, what is wrong with it, the seal of its manifest."""
+
+    is_there: bool
+    damage: str
+    seal: str
+
+
+def _candidates(root: Path) -> Generator[tuple[str, list[str]], str | None, None]:
+    """Yield the name of every checkpoint, newest first, with a line for each damaged one before; "" behind the last.
+
+    What is sent in is the damage of the one before, which is then set aside.
+    """
     notes: list[str] = []
-    for _, path in sorted(_found(root), key=lambda item: (item[0], not item[1].suffix), reverse=True):
-        try:
-            loaded = _load(path)
-        except Damage as damage:
-            if path.exists():  # else a running trainer has just deleted it
-                notes.append(_set_aside(path, damage))
-            continue
-        if notes:
-            _point_latest(root, path)
-        return loaded, notes
-    bad = sorted(path.name for path in _entries(root) if re.match(r"step-\d{8,18}\.bad", path.name))
+    for path in folders.newest_first(root):
+        damage = yield path.name, notes
+        if path.exists():  # else a running trainer has just deleted it
+            notes.append(folders.set_aside(path, damage or ""))
+    bad = folders.set_aside_before(root)
     if notes or bad:
         raise CheckpointError(
             f"No checkpoint in {printable(str(root))} can be trusted: {' '.join(notes) or ', '.join(bad)} "
             "Restore one from a copy, or delete that folder to start afresh."
         )
-    return None, []
+    yield "", []
 
 
-def _json_bytes(value: Any) -> bytes:
+def _look(path: Path, ranks: Ranks, found: list[Loaded]) -> _View:
+    """Read this rank's share of a checkpoint; what is whole is put into `found`."""
+    is_there = path.exists()
     try:
-        return (json.dumps(value, indent=1) + "\n").encode("ascii")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"The state cannot be written as JSON ({error}); give plain data, tensors apart."
-        ) from None
+        if ranks.size == 1:
+            loaded = _load(path)
+        else:
+            loaded = open_verified(path, lambda number: number % ranks.size == ranks.rank)
+    except Damage as damage:
+        return _View(is_there, str(damage), "")
+    found.append(loaded)
+    return _View(is_there, "", loaded.seal)
 
 
-def _write_folder(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: bytes) -> None:
-    folder.mkdir()
-    files = {}
-    for group, named in tensors.items():
-        files[f"{group}.safetensors"] = write_tensors(folder / f"{group}.safetensors", named)
-    files[STATE] = write_bytes(folder / STATE, [state])
-    manifest = {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))}
-    write_bytes(folder / MANIFEST, [_sealed(manifest)])
-    _sync_folder(folder)
-
-
-def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    """Return the one text of a manifest, with its own sha256 in it."""
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return _json_bytes({**manifest, "sha256": digest})
-
-
-def _is_sealed(manifest: Mapping[str, Any], data: bytes) -> bool:
-    try:
-        return _sealed({key: value for key, value in manifest.items() if key != "sha256"}) == data
-    except (RecursionError, CheckpointError):
-        return False
+def _refuse_different_views(path: Path, views: list[_View]) -> None:
+    """Refuse a folder that only some ranks see: a good checkpoint must not be set aside because of a missing mount."""
+    for rank, view in enumerate(views):
+        if views[0].is_there and not view.is_there:
+            seen = f"Rank {rank} does not see {path.name}"
+        elif not any(other.damage for other in views) and view.seal != views[0].seal:
+            seen = f"Rank {rank} sees another {path.name} than rank 0"
+        else:
+            continue
+        raise RunError(f"{seen}; give all ranks the same folder of checkpoints (nothing in it was changed).")
 
 
 def _load(path: Path) -> Loaded:
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     tensors: dict[str, dict[str, Tensor]] = {}
-    state: Any = None
-    for name, entry in manifest["files"].items():
-        with _named(name):
-            if name == STATE:
-                data = read_bytes(path / name, MAX_JSON_BYTES)
-                if {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} != entry:
-                    raise Damage("has another sha256 than when it was written")
-                state = parse_json(data)
-                if not isinstance(state, dict):
-                    raise Damage("is not an object")
-            else:
-                tensors[name.removesuffix(".safetensors")] = read_tensors(path / name, entry)
-    return Loaded(manifest["step"], tensors, state, path)
+    files = manifest["files"]
+    for name, group in tensor_files(files):
+        with named(name):
+            gather(tensors, group, read_tensors(path / name, files[name]))
+    return Loaded(manifest["step"], tensors, read_state(path, files[STATE]), path, manifest["sha256"])
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest, once it is whole and names exactly the files that are there, with their sizes."""
-    with _named(MANIFEST):
-        data = read_bytes(path / MANIFEST, MAX_JSON_BYTES)
-        manifest = parse_json(data)
-        if not isinstance(manifest, dict) or not _is_sealed(manifest, data):
-            raise Damage("does not have the sha256 it says")
-        if manifest.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{printable(str(path))} has format {printable(str(manifest.get('format')))[:20]}, "
-                f"this hasten reads {FORMAT}; use the hasten that wrote it."
-            )
-        _check_manifest(manifest)
-        named = _STEP.match(path.name)
-        if named and int(named[1]) != manifest["step"]:
-            raise Damage(f"is of step {manifest['step']}")
-    there = {entry.name for entry in _entries(path) if not entry.name.startswith(".")}  # .DS_Store, .nfs000...
-    expected = {*manifest["files"], MANIFEST}
-    for name in sorted(expected - there):
-        raise Damage(f"{name} is missing")
-    for name in sorted(there - expected):
-        raise Damage(f"{printable(name)} does not belong to it")
-    return manifest
+def _told(error: BaseException) -> HastenError | None:
+    return error if isinstance(error, HastenError) else None
 
 
-def _check_manifest(manifest: Mapping[str, Any]) -> None:
-    files = manifest.get("files")
-    if set(manifest) != {"format", "step", "files", "sha256"} or not isinstance(files, dict) or STATE not in files:
-        raise Damage("is malformed")
-    if type(manifest["step"]) is not int or manifest["step"] < 0:
-        raise Damage("is malformed")
-    for name, entry in files.items():
-        # Only plain names pass, so no manifest can lead out of its folder.
-        if name != STATE and not _TENSOR_FILE.fullmatch(name):
-            raise Damage(f"names the file {printable(name)[:80]!r}")
-        if not isinstance(entry, dict) or set(entry) != {"size", "sha256"} or type(entry["size"]) is not int:
-            raise Damage("is malformed")
-        if not isinstance(entry["sha256"], str) or not _SHA256.fullmatch(entry["sha256"]):
-            raise Damage("is malformed")
-
-
-def _read_manifest_and_hash(folder: Path) -> None:
-    """Raise `Damage` unless every file of the folder reads back as its manifest says."""
-    for name, entry in _read_manifest(folder)["files"].items():
-        with _named(name):
-            if hash_file(folder / name) != entry:
-                raise Damage("has another content than was written")
-
-
-@contextlib.contextmanager
-def _named(file: str) -> Any:
-    try:
-        yield
-    except Damage as damage:
-        raise Damage(f"{file} {damage}") from None
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise RunError(
-            f"Could not list {printable(str(folder))}: {error.strerror}; put that right and try again."
-        ) from error
-
-
-def _found(root: Path) -> list[tuple[int, Path]]:
-    """Return step and path of everything that may be read as a checkpoint."""
-    found = []
-    for path in _entries(root):
-        match = _STEP.fullmatch(path.name.removesuffix(".old"))
-        if match:
-            found.append((int(match[1]), path))
-    return found
-
-
-def _make_root(root: Path) -> None:
-    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
-    root.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        _sync_folder(folder.parent)
-
-
-def _tidy(root: Path) -> None:
-    """Clear away what a save that was cut off left behind."""
-    for path in _entries(root):
-        if not _STEP.fullmatch(path.stem):
-            continue
-        if path.suffix in (".tmp", ".gone"):
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.suffix == ".old" and path.with_suffix("").exists():
-            _delete(path)
-        elif path.suffix == ".old":
-            path.rename(path.with_suffix(""))
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    if final.exists():
-        final.rename(final.with_name(f"{final.name}.old"))
-    temporary.rename(final)
-
-
-def _delete(path: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that a crash half-way leaves nothing that looks like one."""
-    gone = path.with_name(f"{path.name.removesuffix('.old')}.gone")
-    # What cannot be deleted now is tried again by the next save; the checkpoint just written is what matters.
-    with contextlib.suppress(OSError):
-        path.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _set_aside(path: Path, damage: Damage) -> str:
-    """Rename a damaged checkpoint and return the line that says so."""
-    stem = f"{path.name.removesuffix('.old')}.bad"
-    names = [stem, *(f"{stem}-{n}" for n in range(2, 1000))]
-    target = next((t for t in map(path.with_name, names) if not t.exists()), path.with_name(stem))
-    try:
-        path.rename(target)
-    except OSError as error:
-        return f"Checkpoint {path.name} is damaged ({damage}) and passed over (not renamed: {error.strerror})."
-    return f"Checkpoint {path.name} is damaged ({damage}) and renamed {target.name}."
-
-
-def _point_latest(root: Path, final: Path) -> None:
-    """Let the link ``latest`` name a checkpoint: for people, and nothing here reads it, so that links are optional."""
-    link = root / "latest.tmp"
-    with contextlib.suppress(OSError):
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name, target_is_directory=True)
-        link.replace(root / "latest")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk; Windows has no such call and orders them itself."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _told_of_reading(ranks: Ranks, error: BaseException) -> HastenError | None:
+    """Return what the user is told of an error of reading, the rank named where there are several."""
+    match error:
+        case HastenError() if ranks.size == 1:
+            return error
+        case HastenError():
+            return type(error)(f"Rank {ranks.rank}: {error}")
+        case MemoryError() if ranks.size > 1:
+            return RunError(f"Rank {ranks.rank} has no memory left to read a checkpoint; free some and try again.")
+    return None

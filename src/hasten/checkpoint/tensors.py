@@ -9,15 +9,17 @@ here one tensor at a time is in flight, whatever the size of the model.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -56,6 +58,16 @@ _DAMAGE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO, errno.ELOOP, er
 
 class Damage(Exception):
     """What is wrong with a file, as a clause that fits behind its name."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor in a file: its name, dtype and shape, and where its first byte is, counted from that of the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
 
 
 def write_bytes(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -140,25 +152,50 @@ def read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
         Damage: the file is not what was written.
     """
     digest = hashlib.sha256()
+    tensors = {}
     with _open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != entry["size"]:
-            raise Damage(f"has {size:,} bytes instead of {entry['size']:,}")
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise Damage(f"claims a header of {length:,} bytes")
-        text = file.read(length)
-        digest.update(start + text)
-        tensors = {}
-        for name, dtype, shape in _parse_header(text, size - 8 - length):
-            tensor = torch.empty(shape, dtype=dtype)
+        head, places = _read_head(file, entry["size"])
+        digest.update(head)
+        for place in places:
+            tensor = torch.empty(place.shape, dtype=place.dtype)
             if tensor.numel():
-                _read_fully(file, _bytes_of(tensor), digest)
-            tensors[name] = tensor
+                digest.update(_read_fully(file, tensor))
+            tensors[place.name] = tensor
     if digest.hexdigest() != entry["sha256"]:
         raise Damage("has another sha256 than when it was written")
     return tensors
+
+
+def read_places(path: Path, size: int) -> list[Place]:
+    """Return where the tensors of a file of `size` bytes are, in their order there; nothing but its header is read.
+
+    Raises:
+        Damage: it has another size, or its header does not describe it.
+    """
+    with _open_regular(path) as file:
+        return _read_head(file, size)[1]
+
+
+def read_rows(path: Path, size: int, place: Place, first: int, stop: int) -> Tensor:
+    """Read rows `first` to `stop` of a tensor of a file of `size` bytes, in memory of their own.
+
+    Args:
+        path: the file.
+        size: that it had when `place` was read.
+        place: of the tensor.
+        first: row of dimension 0, from 0; 0 for a tensor without dimensions.
+        stop: the row behind the last; 1 for a tensor without dimensions.
+
+    Raises:
+        Damage: the file is gone or has another size.
+    """
+    tensor = torch.empty((stop - first, *place.shape[1:]) if place.shape else (), dtype=place.dtype)
+    with _open_regular(path) as file:
+        _check_size(file, size)
+        if tensor.numel():
+            file.seek(place.start + first * math.prod(place.shape[1:]) * place.dtype.itemsize)
+            _read_fully(file, tensor)
+    return tensor
 
 
 def parse_json(data: bytes) -> Any:
@@ -169,8 +206,25 @@ def parse_json(data: bytes) -> Any:
         raise Damage(f"is not JSON ({one_line(str(error), 120)})") from None
 
 
-def _parse_header(text: bytes, data_bytes: int) -> list[tuple[str, torch.dtype, list[int]]]:
-    """Return name, dtype and shape in file order, once the tensors are known to tile the data exactly."""
+def _read_head(file: BinaryIO, size: int) -> tuple[bytes, list[Place]]:
+    """Read a file of `size` bytes up to its first tensor; return these bytes and where the tensors are."""
+    _check_size(file, size)
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise Damage(f"claims a header of {length:,} bytes")
+    text = file.read(length)
+    return start + text, _parse_header(text, 8 + length, size)
+
+
+def _check_size(file: BinaryIO, size: int) -> None:
+    found = os.fstat(file.fileno()).st_size
+    if found != size:
+        raise Damage(f"has {found:,} bytes instead of {size:,}")
+
+
+def _parse_header(text: bytes, start: int, size: int) -> list[Place]:
+    """Return the tensors in file order, once they are known to tile the data from `start` on to `size` exactly."""
     header = parse_json(text)
     if not isinstance(header, dict):
         raise Damage("has a header that is not an object")
@@ -194,9 +248,9 @@ def _parse_header(text: bytes, data_bytes: int) -> list[tuple[str, torch.dtype, 
         if offsets[0] != position:
             raise Damage("has tensors that overlap or leave gaps")
         position = offsets[1]
-    if position != data_bytes:
-        raise Damage(f"holds {data_bytes:,} bytes of tensors instead of {position:,}")
-    return [(name, dtype, shape) for _, name, dtype, shape in placed]
+    if position != size - start:
+        raise Damage(f"holds {size - start:,} bytes of tensors instead of {position:,}")
+    return [Place(name, dtype, tuple(shape), start + offsets[0]) for offsets, name, dtype, shape in placed]
 
 
 def _is_sizes(value: Any) -> bool:
@@ -208,22 +262,28 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _read_fully(file: Any, memory: memoryview, digest: Any) -> None:
-    rest = memory
+def _read_fully(file: BinaryIO, tensor: Tensor) -> memoryview:
+    """Fill a tensor that is not empty from a file; return its memory."""
+    memory = rest = _bytes_of(tensor)
     while len(rest):
         count = file.readinto(rest)
         if not count:
             raise Damage("ends too early")
         rest = rest[count:]
-    digest.update(memory)
+    return memory
 
 
-def _open_regular(path: Path) -> Any:
-    """Open a regular file; a link, a pipe or a device in its place is damage, never followed or waited for."""
+@contextlib.contextmanager
+def _open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file to read it; a link, a pipe or a device in its place is damage, never followed or waited for.
+
+    An error of reading is damage, or a RunError, as one of opening is.
+    """
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise Damage("is not a regular file")
-        return open(path, "rb", buffering=0)
+        with open(path, "rb", buffering=0) as file:
+            yield file
     except OSError as error:
         if error.errno in _DAMAGE:
             raise Damage(

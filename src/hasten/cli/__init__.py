@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     What a person can put right is one sentence on standard error, never a traceback.
     """
     from hasten.cli.app import app
-    from hasten.errors import HastenError, printable
+    from hasten.errors import HastenError, SaidElsewhere, printable
 
     asked: list[int] = []
 
@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app(args=arguments, prog_name="hasten")
+    except SaidElsewhere as error:
+        sys.exit(error.exit_code)
     except HastenError as error:
         sys.exit(_say(printable(str(error)), error.exit_code))
     except KeyboardInterrupt:

@@ -56,6 +56,9 @@ def compare(
         str | None,
         typer.Option("--interval", help="t, or bootstrap (from 10 seeds on).", show_default="t"),
     ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="Where runs are done: local (this machine) or ray (a Ray cluster).")
+    ] = "local",
     workers: Annotated[int | None, typer.Option("--workers", help="Runs side by side.", show_default="cores")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads of a run.", show_default="1")] = None,
     allow: Annotated[
@@ -72,6 +75,7 @@ def compare(
     hasten compare --out studies/first --interval bootstrap the same runs, judged by the other interval
     hasten compare data=my.txt budget=5Mtok --arm muon:optimizer=muon --lr-tries 3 --until 0.5%
     hasten compare study.toml --out studies/second          from a file with [base] and [arms]
+    hasten compare study.toml --engine ray                  the runs on a Ray cluster
     """
     from hasten.cli import DONE, INTERRUPTED
     from hasten.cli.arguments import seconds, share, shares
@@ -95,7 +99,9 @@ def compare(
     )
     display = _Display()
     try:
-        found = run_study(study, folder, workers=workers, threads=threads, allow=allow or (), tell=display)
+        found = run_study(
+            study, folder, engine=engine, workers=workers, threads=threads, allow=allow or (), tell=display
+        )
     except KeyboardInterrupt:
         display.say(f"stopped; what ran is kept in {folder}, and the same command goes on.")
         return INTERRUPTED

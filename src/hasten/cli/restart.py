@@ -38,6 +38,9 @@ def restart(
     fixed_horizon: Annotated[
         bool, typer.Option("--fixed-horizon", help="The survivor has the whole budget; the pool comes on top.")
     ] = False,
+    engine: Annotated[
+        str, typer.Option("--engine", help="Where runs are done: local (this machine) or ray (a Ray cluster).")
+    ] = "local",
     workers: Annotated[
         int | None, typer.Option("--workers", help="Runs side by side.", show_default="one a core")
     ] = None,
@@ -80,6 +83,7 @@ def restart(
                 least_gain=share("--least-gain", least_gain),
                 fixed_horizon=fixed_horizon,
                 out=out,
+                engine=engine,
                 workers=workers,
                 threads=threads,
                 allow=allow or (),

@@ -60,9 +60,9 @@ def train(
     hasten train recipe.toml lr=1e-3 --allow lr        go on with a run, at another rate from here on
     hasten train --branch runs/a --at 2000 budget=400 schedule=linear
     """
-    from hasten.cli import DIVERGED, DONE
     from hasten.cli.arguments import split_arguments
     from hasten.cli.display import Display
+    from hasten.distributed import current
     from hasten.errors import RecipeError
     from hasten.loop import train as run
     from hasten.recipe import resolve
@@ -74,26 +74,35 @@ def train(
     command = shlex.join(["hasten", *sys.argv[1:]])
     if attached:
         _stop_when_left()
+    if not current().is_main:  # the first process of several speaks for all
+        result = run(resolved.recipe, dry_run=dry_run, until=until, allow=allow or ())
+        return _exit_code(result.status, result.reason)
     with Display() as display:
         for note in resolved.notes:
             display.note(note)
         result = run(resolved.recipe, hooks=[display], dry_run=dry_run, until=until, command=command, allow=allow or ())
     if result.status == "dry":
         display.dry(resolved.recipe)
-        return DONE
-    if result.status == "paused":
+    elif result.status == "paused":
         display.paused(result)
-        return DONE
-    if result.status == "stopped":
+    elif result.status == "stopped":
         display.stopped(result)
-        return 128 + signal.Signals[result.reason].value  # 130, 143, 129
-    page = None
-    if not no_report:
-        from hasten.report import write_report
+    else:
+        page = None
+        if not no_report:
+            from hasten.report import write_report
 
-        page = write_report([result.folder])
-    display.finished(result, page)
-    return DIVERGED if result.status == "diverged" else DONE
+            page = write_report([result.folder])
+        display.finished(result, page)
+    return _exit_code(result.status, result.reason)
+
+
+def _exit_code(status: str, reason: str) -> int:
+    from hasten.cli import DIVERGED, DONE
+
+    if status == "stopped":
+        return 128 + signal.Signals[reason].value  # 130, 143, 129
+    return DIVERGED if status == "diverged" else DONE
 
 
 def _stop_when_left() -> None:

@@ -18,9 +18,9 @@ from hasten.comparison.study import Arm, Study, as_arms, extended, read_study, w
 from hasten.errors import RecipeError, RunError, printable
 from hasten.files import parse_json, read_bytes
 from hasten.loop import prepare_for
-from hasten.loop.state import pick_device
+from hasten.loop.company import pick_device
 from hasten.model import count_parameters
-from hasten.pool import places
+from hasten.pool import LOCAL, Engine, open_engine
 from hasten.recipe import resolve
 from hasten.record import RunFolder
 
@@ -55,6 +55,7 @@ def compare(
     *,
     arms: Mapping[str, Any] | Sequence[Arm] = (),
     out: str | Path | None = None,
+    engine: str = "local",
     workers: int | None = None,
     threads: int | None = None,
     allow: Sequence[str] = (),
@@ -71,6 +72,8 @@ def compare(
         study: a `Study`, a study file, or what `hasten.resolve` takes as the base (a recipe file or its name).
         arms: names and settings, ``{"muon": "optimizer=muon", "fast": {"lr": 0.02}}``; added to those of `study`.
         out: the folder; ``studies/<base>`` when it is not given.
+        engine: where the runs are done: ``local``, or ``ray`` (a Ray cluster: see docs/scaling.md). A study may change
+            it at any time.
         workers: runs side by side; as many as there are cores when it is not given (one on a GPU).
         threads: CPU threads of each.
         allow: what may have changed since a run of the study began, as `hasten.train` takes it (``code``).
@@ -86,7 +89,7 @@ def compare(
     """
     given = asked(study, as_arms(arms), settings)
     folder = Path(out) if out is not None else Path("studies") / given.base.default_run_name()
-    return run_study(given, folder, workers=workers, threads=threads, allow=allow, tell=tell)
+    return run_study(given, folder, engine=engine, workers=workers, threads=threads, allow=allow, tell=tell)
 
 
 def asked(source: Study | str | Path | None, arms: tuple[Arm, ...], settings: Mapping[str, Any]) -> Study:
@@ -114,13 +117,27 @@ def run_study(
     study: Study,
     folder: Path,
     *,
+    engine: str = "local",
     workers: int | None = None,
     threads: int | None = None,
     allow: Sequence[str] = (),
     tell: Tell,
 ) -> Comparison:
     """Run `study` in `folder`, or go on with what is there; return its verdicts."""
-    room = places(study.base.device, workers, threads or study.base.threads)
+    with open_engine(engine) as opened:
+        return _run_on(opened, study, folder, workers, threads, tuple(allow), tell)
+
+
+def _run_on(
+    engine: Engine,
+    study: Study,
+    folder: Path,
+    workers: int | None,
+    threads: int | None,
+    allow: tuple[str, ...],
+    tell: Tell,
+) -> Comparison:
+    room = engine.places(study.base.device, workers, threads or study.base.threads)
     known = folder / "study.toml"
     if known.is_file():
         study = extended(read_study(known), study, folder)
@@ -130,12 +147,13 @@ def run_study(
         data = prepare_for(variant.recipe)  # once, and not by every run at the same time; no folder for wrong text
         sizes.append(count_parameters(variant.recipe.model.build(data.vocab_size, variant.recipe.lengths.seq_len)))
     if workers is None:
-        room = dataclasses.replace(room, workers=side_by_side(room.workers, max(sizes), _memory(study)))
+        memory = _memory(study) if room.memory_bytes is None else room.memory_bytes
+        room = dataclasses.replace(room, workers=side_by_side(room.workers, max(sizes), memory))
     with RunFolder(folder).lock():
         if not known.is_file() and any(path.name != ".lock" for path in folder.iterdir()):
             raise RunError(f"{printable(str(folder))} holds something else than a study: give another --out.")
         write_study(study, known)
-        return _Conduct(Ledger(study, folder, who, room), tell, tuple(allow)).conduct()
+        return _Conduct(Ledger(study, folder, who, room), tell, allow, engine).conduct()
 
 
 def _with_data_of_their_own(variants: Sequence[Variant]) -> list[Variant]:
@@ -172,6 +190,7 @@ class _Conduct:
     ledger: Ledger
     tell: Tell
     allow: tuple[str, ...] = ()
+    engine: Engine = LOCAL
     looks: list[int] = field(default_factory=list)
     judged_by: list[list[str]] = field(default_factory=list)
     seconds: float = 0.0
@@ -227,7 +246,7 @@ class _Conduct:
 
         try:
             self._write(seeds)
-            self.seconds += do(planned, self.ledger.room, note, self.allow)
+            self.seconds += do(planned, self.ledger.room, note, self.allow, self.engine)
         finally:
             self._write(seeds)
 

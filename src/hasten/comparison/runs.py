@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,12 @@ from typing import Any
 from hasten.comparison.lineup import Variant
 from hasten.comparison.study import share_of_budget
 from hasten.errors import HastenError, RunError, printable
-from hasten.pool import Job, Outcome, Places, last_words, run_all, train_command
+from hasten.pool import LOCAL, Engine, Job, Outcome, Places, last_words, train_command, wait_until_free
 from hasten.recipe import Recipe, resolve
 from hasten.record import RunFolder, read_result, write_whole
 
 # A run that died is tried once more: a machine may have been out of memory for a moment.
 TRIES = 2
-# A run whose study was killed saves before it leaves its folder.
-PATIENCE_SECONDS = 120.0
 DIVERGED = 3
 ENDED = ("finished", "diverged")
 
@@ -112,8 +109,8 @@ def described(run: Planned, result: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def do(runs: Sequence[Planned], places: Places, tell: Tell, allow: Sequence[str] = ()) -> float:
-    """Do the runs that have not ended, side by side, in their order; return the seconds that they ran.
+def do(runs: Sequence[Planned], places: Places, tell: Tell, allow: Sequence[str] = (), engine: Engine = LOCAL) -> float:
+    """Do the runs that have not ended, side by side on `engine`, in their order; return the seconds that they ran.
 
     Those that were begun go on though what `allow` names has changed, such as ``code``.
 
@@ -125,7 +122,8 @@ def do(runs: Sequence[Planned], places: Places, tell: Tell, allow: Sequence[str]
     spent, tries, again = 0.0, dict.fromkeys(by_name, 0), list(waiting)
     while again:
         queue, again = again, []
-        for outcome in run_all(_jobs(queue, places, allow), workers=places.workers):
+        jobs = _jobs(queue, places, allow)
+        for outcome in engine.run_all(jobs, workers=places.workers, tell=lambda text: tell("note", message=text)):
             run = by_name[outcome.job.name]
             spent += outcome.seconds
             result = result_of(run)
@@ -149,23 +147,9 @@ def _jobs(runs: Sequence[Planned], places: Places, allow: Sequence[str]) -> Iter
     for run in runs:
         run.recipe_path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(run.recipe_path, run.recipe.model_copy(update={"out": str(run.folder)}).to_toml())
-        _wait_until_free(run.folder)
-        yield Job(run.name, train_command(run.recipe_path, allow=allow), run.log, threads=places.threads)
-
-
-def _wait_until_free(folder: Path) -> None:
-    """Wait for a trainer that is still saving, because the study that began it was killed a moment ago."""
-    if not folder.is_dir():
-        return
-    end = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            with RunFolder(folder).lock():
-                return
-        except RunError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.2)
+        wait_until_free(run.folder)
+        command = train_command(run.recipe_path, allow=allow)
+        yield Job(run.name, command, run.log, places.threads, places.gpus, (run.recipe_path,), run.folder)
 
 
 def _clean(run: Planned) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hasten.data.ahead import ReadAhead
 from hasten.data.documents import DocumentPart
 from hasten.data.rows import NO_TARGET, Rows
 from hasten.errors import DataError, RecipeError
@@ -180,6 +181,7 @@ class Batches:
         assert min(seq_len, micro_rows) >= 1, (seq_len, micro_rows)
         self.source, self.seq_len, self.micro_rows = source, seq_len, micro_rows
         self.document_mask, self.rank, self.world_size = document_mask, rank, world_size
+        self._ahead = ReadAhead(self.draw)
 
     def take(
         self, position: tuple[int, ...], *, rows: int, length: int | None = None, into: Buffers | None = None
@@ -201,7 +203,16 @@ class Batches:
             DataError: the index of a stored file is damaged.
         """
         draw = self.draw(position, rows=rows, length=length)
+        self.look_ahead(position, draw, rows=rows)
         return self.fill(draw, *self.share(rows), into=into), draw.position
+
+    def look_ahead(self, position: tuple[int, ...], draw: Draw, *, rows: int) -> None:
+        """Have what this rank reads of the step at `position` brought here, and then that of the steps after it.
+
+        For tokens that lie elsewhere; returns at once, and does nothing for those that lie here.
+        """
+        first, stop = self.share(rows)
+        self._ahead.step(position, draw, rows=rows, first=first * self.seq_len, stop=stop * self.seq_len)
 
     def draw(self, position: tuple[int, ...], *, rows: int, length: int | None = None) -> Draw:
         """Return what the step at `position` reads, over all ranks; no token is read yet."""
@@ -298,6 +309,13 @@ class Batches:
             ).viewed(draw.length)
             for cut in cuts
         ]
+
+
+def blank(batch: Batch) -> Batch:
+    """Return a row like the first of `batch` that nothing is learned from."""
+    ids = None if batch.document_ids_BT is None else batch.document_ids_BT[:1]
+    labels_BT = torch.full_like(batch.labels_BT[:1], NO_TARGET)
+    return Batch(batch.tokens_BT[:1], labels_BT, ids, 0)
 
 
 @dataclass(frozen=True)

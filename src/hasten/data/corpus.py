@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain, groupby
-from operator import itemgetter
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from hasten.data import counts
+import numpy as np
+
 from hasten.data.builtin import BUILTIN, builtin_files
 from hasten.data.counts import Counts
-from hasten.data.cutting import PIECE_CHARACTERS, cut
-from hasten.data.formats import check_records, fragments, is_one_document
+from hasten.data.cutting import PIECE_CHARACTERS
+from hasten.data.formats import check_records, is_one_document
+from hasten.data.pieces import CONTINUES, STARTS, Run, runs
 from hasten.data.sources import SourceFile, find_files
 from hasten.errors import DataError, printable
 
@@ -23,9 +23,9 @@ Split = str  # "train" or "val"; of a corpus whose sources are kept apart "train
 
 # Part of every corpus hash: raise it when the same files would give other pieces or another split.
 FORMAT = "hasten-corpus-1"
-_MAX_BAD_BYTES, _JUDGED_BYTES = 0.10, 1 << 20
+BATCH_CHARACTERS = 1 << 18
+_PLANNED_CHARACTERS = 1 << 12  # read ahead while looking for enough units
 _FEWEST_BLOCKS, _SMALLEST_BLOCK = 64, 64
-_TO_REPLACE = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,24 @@ class Piece(NamedTuple):
     document: str
 
 
+class Batch(NamedTuple):
+    """Pieces in reading order, a column for each thing known of them.
+
+    Attributes:
+        sides: ``int32[P]``, for each piece the index of its split in `Corpus.splits`.
+        starts: ``bool[P]``, whether a new document begins with it.
+        sizes: ``int64[P]``, its bytes in the source.
+        texts: as in `Piece`.
+        documents: as in `Piece`.
+    """
+
+    sides: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+    texts: list[str]
+    documents: list[str]
+
+
 class Corpus:
     """Files, opened and hashed, with a fixed split.
 
@@ -125,34 +143,73 @@ class Corpus:
         """
         return (piece for side, piece in self.sides() if side == split)
 
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The training splits, then ``val``."""
+        return (*self.train_splits, "val")
+
     def sides(self) -> Iterator[tuple[Split, Piece]]:
         """Yield (side, piece) for all of the text in one pass, then set `counts`."""
+        splits = self.splits
+        for batch in self.batches():
+            columns = (column.tolist() for column in (batch.sides, batch.sizes, batch.starts))
+            for side, size, starts, text, document in zip(*columns, batch.texts, batch.documents):
+                yield splits[side], Piece(text, size, starts, document)
+
+    def batches(self, characters: int = BATCH_CHARACTERS) -> Iterator[Batch]:
+        """Yield the same pieces in batches of about as many `characters`, and at most 64 Ki more; then set `counts`."""
         tally = self._tally = Counts()
         tally.add_all(self._skipped)
-        seen = set()
-        for side, piece in self._assigned(tally):
-            seen.add(side)
-            yield side, piece
+        seen: set[int] = set()
+        held: list[Batch] = []
+        size = 0
+        for batch in self._assigned(tally, characters):
+            seen.update(np.unique(batch.sides).tolist())
+            held.append(batch)
+            size += sum(map(len, batch.texts))
+            if size >= characters:
+                yield _joined(held)
+                held, size = [], 0
+        if held:
+            yield _joined(held)
         check_records(tally)
         train = self.spec.train if self.spec.apart else (", ".join(self.spec.train),)
         val = ", ".join(self.spec.val or self.spec.train)
-        for side, sources in (*zip(self.train_splits, train), ("val", val)):
+        for side, sources in enumerate((*train, val)):
             if side not in seen:
                 raise DataError(f"{printable(sources)} holds no text; expected at least one line.")
         self.counts = tally
 
-    def _assigned(self, tally: Counts) -> Iterator[tuple[Split, Piece]]:
-        for train, files, plan in zip(self.train_splits, self._train_files, self._splits):
-            previous = None
-            for unit in _units(self.spec, files, tally, plan.block_characters):
-                side = "val" if plan.side(unit.name, self.spec.val_share) == "val" else train
+    def _assigned(self, tally: Counts, characters: int) -> Iterator[Batch]:
+        val = len(self._train_files)
+        for train, (files, plan) in enumerate(zip(self._train_files, self._splits)):
+            previous = -1
+            for run in _runs(self.spec, files, tally, plan.block_characters, characters):
+                sides_P = np.where(plan.is_val(run.units, self.spec.val_share), val, train).astype(np.int32)
+                kinds_P = np.array(run.kinds, np.int8)
                 # Blocks of one document that fall on the same side one after another stay one document.
-                joined = unit.continues and side == previous
-                for piece in unit.pieces:
-                    yield side, piece._replace(starts_document=False) if joined else piece
-                previous = side
-        for unit in _units(self.spec, self._val_files, tally, None):
-            yield from (("val", piece) for piece in unit.pieces)
+                changes_P = np.diff(sides_P, prepend=np.int32(previous)) != 0
+                previous = sides_P[-1]
+                starts_P = (kinds_P == STARTS) | ((kinds_P == CONTINUES) & changes_P)
+                yield Batch(sides_P, starts_P, np.array(run.sizes, np.int64), run.texts, run.documents)
+        for run in _runs(self.spec, self._val_files, tally, None, characters):
+            sides_P = np.full(len(run.texts), val, np.int32)
+            starts_P = np.array(run.kinds, np.int8) == STARTS
+            yield Batch(sides_P, starts_P, np.array(run.sizes, np.int64), run.texts, run.documents)
+
+
+def _runs(
+    spec: CorpusSpec, files: list[SourceFile], tally: Counts, block: int | None, characters: int
+) -> Iterator[Run]:
+    how = {"text_key": spec.text_key, "separator": spec.separator, "tally": tally}
+    return runs(files, **how, block=block, characters=characters)
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    arrays = (np.concatenate(columns) for columns in list(zip(*batches))[:3])
+    return Batch(*arrays, *(list(chain(*columns)) for columns in list(zip(*batches))[3:]))
 
 
 def open_corpus(spec: CorpusSpec) -> Corpus:
@@ -197,92 +254,6 @@ def _refuse_shared(corpus: Corpus) -> None:
                 )
 
 
-class _Unit(NamedTuple):
-    name: str
-    continues: bool  # it is a further block of the same document
-    pieces: Iterator[Piece]
-
-
-def _units(spec: CorpusSpec, files: list[SourceFile], tally: Counts, block: int | None) -> Iterator[_Unit]:
-    """Yield what the split decides about: documents that hold text, or blocks of them."""
-    for file in files:
-        stream = fragments(file, text_key=spec.text_key, separator=spec.separator, tally=tally)
-        watch = _ByteWatch(file.name, tally)
-        for document, group in groupby(stream, key=itemgetter(0)):
-            watch.begin(document)
-            texts = _without_blank_start(cut((text for _, text in group), block or PIECE_CHARACTERS))
-            first = next(texts, None)
-            if first is None:
-                tally.add(counts.EMPTY_DOCUMENT, document)
-            elif block is None:
-                yield _Unit(document, False, watch.pieces(first, texts))
-            else:
-                yield _Unit(f"{document}#0", False, watch.pieces(first))
-                for index, text in enumerate(texts, 1):
-                    yield _Unit(f"{document}#{index}", True, watch.pieces(text))
-        watch.finish()
-
-
-def _without_blank_start(texts: Iterator[str]) -> Iterator[str]:
-    started = False
-    for text in texts:
-        started = started or not text.isspace()
-        if started:
-            yield text
-
-
-class _ByteWatch:
-    """Replaces what is not text in the pieces of one file, counts it, and stops when the file is mostly that."""
-
-    def __init__(self, name: str, tally: Counts) -> None:
-        self._name, self._tally = name, tally
-        self._bytes = self._bad = self._begin = 0
-        self._document = name
-
-    def begin(self, document: str) -> None:
-        """Count byte places from here on within `document`."""
-        self._document, self._begin = document, self._bytes
-
-    def pieces(self, first: str, rest: Iterable[str] = ()) -> Iterator[Piece]:
-        """Yield the pieces whose raw texts are `first`, which starts a document, and then `rest`."""
-        yield self._piece(first, True)
-        for text in rest:
-            yield self._piece(text, False)
-
-    def _piece(self, text: str, starts: bool) -> Piece:
-        try:
-            size = len(text.encode())
-            is_clean = "\0" not in text
-        except UnicodeEncodeError:
-            is_clean = False
-        if not is_clean:
-            text, size = self._replaced(text, f"{self._document} byte {self._bytes - self._begin}")
-        self._bytes += size
-        if self._bytes > _JUDGED_BYTES:
-            self.finish()
-        return Piece(text, size, starts, self._document)
-
-    def _replaced(self, text: str, place: str) -> tuple[str, int]:
-        size = len(text.encode("utf-8", "surrogatepass"))
-        for odd in _TO_REPLACE.findall(text):
-            kind = counts.LONE_SURROGATES
-            if odd == "\0":
-                kind = counts.NUL_BYTES
-            elif "\udc80" <= odd <= "\udcff":
-                kind, size = counts.BAD_BYTES, size - 2
-            self._bad += 1
-            self._tally.add(kind, f"{place} or later")
-        return _TO_REPLACE.sub("\ufffd", text), size
-
-    def finish(self) -> None:
-        """Raise DataError when more than a tenth of the bytes so far were no text."""
-        if self._bad > _MAX_BAD_BYTES * self._bytes:
-            raise DataError(
-                f"{printable(self._name)} is not UTF-8 text: {self._bad} of {self._bytes} bytes are invalid or NUL; "
-                "convert it (iconv -f ENCODING -t utf-8) or leave it out."
-            )
-
-
 @dataclass(frozen=True)
 class _SplitPlan:
     """Which units are for validation: those whose hash is below the share, and one forced unit if need be."""
@@ -292,20 +263,25 @@ class _SplitPlan:
     forced_side: Split = "val"
     all_train: bool = False
 
-    def side(self, name: str, share: float) -> Split:
+    def is_val(self, names: list[str], share: float) -> np.ndarray:
+        """Return for each unit whether it is for validation, ``bool[U]``."""
         if self.all_train:
-            return "train"
-        if name == self.forced:
-            return self.forced_side
-        return "val" if _fraction(name) < share else "train"
+            return np.zeros(len(names), bool)
+        is_val_U = _fractions(names) < share
+        if self.forced in names:
+            is_val_U[[name == self.forced for name in names]] = self.forced_side == "val"
+        return is_val_U
 
 
 _GIVEN = _SplitPlan(all_train=True)
 
 
-def _fraction(name: str) -> float:
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+def _fractions(names: list[str]) -> np.ndarray:
+    """Return a number in [0, 1) for each name, from its hash."""
+    hash_of = hashlib.sha256
+    encoded = "\0".join(names).encode("utf-8", "surrogatepass").split(b"\0")  # no path holds a NUL
+    digests = b"".join([hash_of(name).digest() for name in encoded])
+    return np.frombuffer(digests, ">u8")[::4].astype(np.float64) / 2.0**64
 
 
 def _plan_split(spec: CorpusSpec, name: str, files: list[SourceFile]) -> _SplitPlan:
@@ -334,7 +310,7 @@ def _plan_for(
     tally = Counts()
     for name in _unit_names(spec, files, tally, block):
         count += 1
-        fraction = _fraction(name)
+        fraction = float(_fractions([name])[0])
         seen["val" if fraction < share else "train"] = True
         lowest = min(lowest or (fraction, name), (fraction, name))
         highest = max(highest or (fraction, name), (fraction, name))
@@ -353,14 +329,15 @@ def _plan_for(
 
 def _unit_names(spec: CorpusSpec, files: list[SourceFile], tally: Counts, block: int | None) -> Iterator[str]:
     for file in files:
-        units = _units(spec, [file], tally, block)
-        if block is None and is_one_document(file, spec.separator):
-            # The first text of the file is enough to know that it counts.
-            first = next(units, None)
-            units.close()
-            yield from (first.name,) if first else ()
+        # Of a file that is one document its first text is enough to know that it counts.
+        only_first = block is None and is_one_document(file, spec.separator)
+        found = _runs(spec, [file], tally, block, 1 if only_first else _PLANNED_CHARACTERS)
+        if only_first:
+            first = next(found, None)
+            found.close()
+            yield from first.units if first else ()
         else:
-            yield from (unit.name for unit in units)
+            yield from chain.from_iterable(run.units for run in found)
 
 
 def _hash(corpus: Corpus) -> str:

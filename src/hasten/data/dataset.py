@@ -258,7 +258,9 @@ class PackedBatches(IterableDataset[Item]):
             step, micro = divmod(item, self.items_per_step)
             if self.total_steps is not None and step >= self.total_steps:
                 return
-            draw = self._batches.draw(self._position(step), rows=self.rows_per_step, length=self._length(step))
+            position = self._position(step)
+            draw = self._batches.draw(position, rows=self.rows_per_step, length=self._length(step))
+            self._batches.look_ahead(position, draw, rows=self.rows_per_step)
             begin = self._first + micro * self._micro_rows
             (batch,) = self._batches.fill(draw, begin, min(begin + self._micro_rows, self._stop))
             stored_rows = batch.tokens_BT.numel() // draw.parts[0][0].seq_len

@@ -7,12 +7,14 @@ import json
 import re
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hasten.data.tokenizer import Tokenizer
 
 Encode = Callable[[str], np.ndarray]
+EncodeAll = Callable[[Sequence[str]], "Encoded"]
 
 # GPT-2's rule as tiktoken writes it: possessive, so that its engine does not go back.
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -36,6 +38,17 @@ AWKWARD = (
 _MISSED_BY_KITOKEN = re.compile(r"'(?<=[^\S ]')(?:[sdmt]|ll|ve|re)")
 
 
+# Stands between texts that are encoded in one call. It is no character: Unicode keeps it for programs.
+_BETWEEN = "\U0010fffe"
+
+
+class Encoded(NamedTuple):
+    """The ids of several texts, one behind the other, and how many each has, ``int64[T]``."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+
 def plain(tokenizer: Tokenizer) -> Encode:
     """Return the reference: the tokenizer itself."""
     return tokenizer.encode
@@ -48,21 +61,38 @@ def kitoken(tokenizer: Tokenizer) -> Encode:
         ImportError: not installed.
         Exception: it cannot represent this tokenizer.
     """
-    build = importlib.import_module("kitoken").Kitoken.from_tokenizers
-    description, own = json.loads(tokenizer.document), threading.local()
-    # It splits a text at special tokens even when told to read them as text, so it is not told of them.
-    description["added_tokens"] = [token for token in description.get("added_tokens", []) if not token["special"]]
-    document = json.dumps(description).encode()
-    build(document)
+    encoder = _per_thread(tokenizer, [])
 
     def encode(text: str) -> np.ndarray:
         if _MISSED_BY_KITOKEN.search(text):
             return tokenizer.encode(text)
-        if not hasattr(own, "encoder"):
-            own.encoder = build(document)
-        return np.array(own.encoder.encode(text, False), dtype=np.uint32)
+        return np.array(encoder().encode(text, False), dtype=np.uint32)
 
     return encode
+
+
+def _per_thread(tokenizer: Tokenizer, specials: list[dict]) -> Callable[[], Any]:
+    build = importlib.import_module("kitoken").Kitoken.from_tokenizers
+    description, own = json.loads(tokenizer.document), threading.local()
+    # It splits a text at special tokens even when told to read them as text, so it is not told of them.
+    others = [token for token in description.get("added_tokens", []) if not token["special"]]
+    description["added_tokens"] = [*others, *specials]
+    document = json.dumps(description).encode()
+    build(document)
+
+    def encoder() -> Any:
+        if not hasattr(own, "encoder"):
+            own.encoder = build(document)
+        return own.encoder
+
+    return encoder
+
+
+def _kitoken_joined(tokenizer: Tokenizer) -> Encode:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = {"id": tokenizer.vocab_size, "content": _BETWEEN, "special": True, **flags}
+    encoder = _per_thread(tokenizer, [special])
+    return lambda text: np.array(encoder().encode(text, True), dtype=np.uint32)
 
 
 def tiktoken(tokenizer: Tokenizer) -> Encode:
@@ -72,6 +102,16 @@ def tiktoken(tokenizer: Tokenizer) -> Encode:
         ImportError: not installed.
         ValueError: it cannot represent this tokenizer.
     """
+    encoding = _tiktoken(tokenizer)
+    return lambda text: encoding.encode_to_numpy(text, disallowed_special=())
+
+
+def _tiktoken_joined(tokenizer: Tokenizer) -> Encode:
+    encoding, allowed = _tiktoken(tokenizer), {_BETWEEN}
+    return lambda text: encoding.encode_to_numpy(text, allowed_special=allowed)
+
+
+def _tiktoken(tokenizer: Tokenizer) -> Any:
     package = importlib.import_module("tiktoken")
     pattern = _pattern(json.loads(tokenizer.document))
     if not tokenizer.is_byte_level or pattern is None:
@@ -79,8 +119,8 @@ def tiktoken(tokenizer: Tokenizer) -> Encode:
     ranks = {word: index for index, word in enumerate(tokenizer.token_bytes) if word}
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise ValueError("not every byte has a token")
-    encoding = package.Encoding("hasten", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    return lambda text: encoding.encode_to_numpy(text, disallowed_special=())
+    between = {_BETWEEN: tokenizer.vocab_size}
+    return package.Encoding("hasten", pat_str=pattern, mergeable_ranks=ranks, special_tokens=between)
 
 
 def _pattern(description: dict) -> str | None:
@@ -125,6 +165,78 @@ def fastest(tokenizer: Tokenizer, sample: Sequence[str] = ()) -> tuple[str, Enco
     return "tokenizers", tokenizer.encode
 
 
+def in_bulk(name: str, tokenizer: Tokenizer, encode: Encode) -> EncodeAll:
+    """Return what encodes many texts at once as `encode`, the encoder called `name`, does each of them.
+
+    A call per text is most of the time where texts are tiny, so a fast encoder is given many as one, with a special
+    token between them: only one that no text holds, for tokenizers whose rule for splitting is known to begin
+    afresh behind it, and only where its ids are verified to be those of the single texts.
+    """
+
+    def each(texts: Sequence[str]) -> Encoded:
+        parts = [encode(text) for text in texts]
+        return Encoded(np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts)))
+
+    if tokenizer.is_bytes:
+        return _all_bytes
+    make = _JOINED.get(name)
+    if make is None or not tokenizer.is_byte_level or _pattern(json.loads(tokenizer.document)) is None:
+        return each
+    try:
+        together = _together(make(tokenizer), tokenizer, each)
+        if _equal(together(AWKWARD), each(AWKWARD)):
+            return together
+    except Exception:  # as in `fastest`
+        pass
+    return each
+
+
+def _together(encode: Encode, tokenizer: Tokenizer, each: EncodeAll) -> EncodeAll:
+    def together(texts: Sequence[str]) -> Encoded:
+        joined = _BETWEEN.join(texts)
+        if joined.count(_BETWEEN) != len(texts) - 1:
+            return each(texts)
+        # Those that are not for this encoder; nearly none, so the places in the whole tell which.
+        ends = np.cumsum([len(text) + 1 for text in texts])
+        missed = [match.start() for match in _MISSED_BY_KITOKEN.finditer(joined)]
+        apart = sorted(set(ends.searchsorted(missed, side="right").tolist()))
+        if apart:
+            texts_left = list(texts)
+            for index in apart:
+                texts_left[index] = ""
+            joined = _BETWEEN.join(texts_left)
+        try:
+            ids = encode(joined)
+        except Exception:  # as in `_or_else`
+            return each(texts)
+        places = np.flatnonzero(ids == tokenizer.vocab_size)
+        if len(places) != len(texts) - 1:
+            return each(texts)
+        lengths = np.diff(places, prepend=-1, append=len(ids)) - 1
+        ids = np.delete(ids, places)
+        if apart:
+            parts, before = [], 0
+            offsets = np.cumsum(lengths) - lengths
+            for index in apart:
+                own = tokenizer.encode(texts[index])
+                parts += [ids[before : offsets[index]], own]
+                before, lengths[index] = offsets[index], len(own)
+            ids = np.concatenate([*parts, ids[before:]])
+        return Encoded(ids, lengths)
+
+    return together
+
+
+def _all_bytes(texts: Sequence[str]) -> Encoded:
+    joined = "".join(texts)
+    sizes = map(len, texts if joined.isascii() else (text.encode() for text in texts))
+    return Encoded(np.frombuffer(joined.encode(), np.uint8), np.fromiter(sizes, np.int64, len(texts)))
+
+
+def _equal(some: Encoded, others: Encoded) -> bool:
+    return all(map(np.array_equal, some, others))
+
+
 def _or_else(encode: Encode, otherwise: Encode, only_ascii: bool) -> Encode:
     def safe(text: str) -> np.ndarray:
         if only_ascii and not text.isascii():
@@ -139,3 +251,4 @@ def _or_else(encode: Encode, otherwise: Encode, only_ascii: bool) -> Encode:
 
 # By speed, measured in benchmarks/bench_prepare.py.
 ENCODERS: dict[str, Callable[[Tokenizer], Encode]] = {"kitoken": kitoken, "tiktoken": tiktoken, "tokenizers": plain}
+_JOINED = {"kitoken": _kitoken_joined, "tiktoken": _tiktoken_joined}

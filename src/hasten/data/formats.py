@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -76,18 +77,16 @@ def _text_chunks(file: SourceFile, tally: Counts) -> Iterator[str]:
 
 def _separated(name: str, chunks: Iterator[str], separator: str) -> Iterator[tuple[str, str]]:
     index, held = 0, ""
-    yield f"{name}:0", ""
     for chunk in chunks:
-        held += chunk
-        *ended, held = held.split(separator)
+        *ended, held = (held + chunk).split(separator)
         for text in ended:
             yield f"{name}:{index}", text
             index += 1
-            yield f"{name}:{index}", ""
-        # The last characters may be the beginning of a separator.
-        safe = max(0, len(held) - len(separator) + 1)
-        yield f"{name}:{index}", held[:safe]
-        held = held[safe:]
+        # The last characters may be the beginning of a separator, and most documents are shorter than a chunk.
+        if len(held) > READ_BYTES:
+            safe = max(0, len(held) - len(separator) + 1)
+            yield f"{name}:{index}", held[:safe]
+            held = held[safe:]
     yield f"{name}:{index}", held
 
 
@@ -123,10 +122,14 @@ def _kind(value: Any) -> str:
 
 def _json_lines(file: SourceFile, text_key: str, tally: Counts) -> Iterator[tuple[str, str]]:
     quoted_key = json.dumps(text_key, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    # How a record begins that holds the text alone, as most tiny ones do; its quote says where the text does.
+    lone = (b"{" + quoted_key + b': "', b"{" + quoted_key + b':"')
     with compressed.open_stream(file.path, file.name, tally.on_read) as stream:
-        number = 0
-        while line := stream.readline(MAX_RECORD_BYTES + 1):
-            number += 1
+        for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b""), 1):
+            if line.startswith(lone) and (text := _lone_text(line, len(lone[line[len(lone[1]) - 1] == _QUOTE]))):
+                tally.records_read += 1
+                yield f"{file.name}:{number}", text
+                continue
             if number == 1 and line.startswith(codecs.BOM_UTF8):
                 tally.add(counts.BYTE_ORDER_MARKS, file.name)
                 line = line[3:]
@@ -149,6 +152,22 @@ def _json_lines(file: SourceFile, text_key: str, tally: Counts) -> Iterator[tupl
                 _reject(tally, f"{file.name} line {number}", str(error))
             else:
                 yield f"{file.name}:{number}", text
+
+
+_QUOTE, _ENDS = ord('"'), ("}\n", "}\r\n")
+
+
+def _lone_text(line: bytes, start: int) -> str:
+    """Return the text that begins at `start` if nothing but the end of its record follows it; else "".
+
+    A third of the time of parsing the record, and the same text: it is the standard library's own scanner of strings.
+    """
+    try:
+        record = line.decode("utf-8", "surrogateescape")
+        text, stop = json.decoder.scanstring(record, start, True)
+    except ValueError:
+        return ""
+    return text if record[stop:] in _ENDS else ""
 
 
 def _skip_line(stream: io.BufferedIOBase) -> None:
@@ -257,8 +276,8 @@ def _parquet(file: SourceFile, text_key: str, tally: Counts) -> Iterator[tuple[s
             _check_column(file, table.schema_arrow, text_key)
             number = 0
             for batch in table.iter_batches(batch_size=64, columns=[text_key], use_threads=False):
-                for value in batch.column(0):
-                    yield f"{file.name}:{number}", value.as_py() or ""
+                for value in batch.column(0).to_pylist():
+                    yield f"{file.name}:{number}", value or ""
                     number += 1
     except (arrow.ArrowException, OSError) as error:
         reason = printable(str(error)).splitlines()[0]

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hasten.data.shard_files import BLOCK_BYTES, damaged, index_bytes, opened, sync, token_dtype
+from hasten.data.shard_files import damaged, opened, sync, token_dtype
+from hasten.data.shard_index import BLOCK_BYTES, index_bytes
 from hasten.errors import DataError, one_line, printable
 from hasten.files import MOST_VALUES, parse_json, read_bytes
 

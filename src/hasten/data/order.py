@@ -11,6 +11,8 @@ import numpy as np
 ROUNDS = 8
 # Places of the endless order that are computed together: one vectorised call for many small steps.
 BLOCK_PLACES = 4096
+# Windows whose rows are mixed: a step then reads from all over half a billion tokens, and resuming packs 8 windows.
+GROUP = 8
 # Blocks kept by an order: two of them hold a step that is not larger than one, and a mixture has several orders.
 _BLOCKS_KEPT = 4
 

@@ -8,55 +8,28 @@ import os
 import shutil
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from hasten.cache import cache_root
-from hasten.data import encoders
-from hasten.data.corpus import Corpus, CorpusSpec, Piece, Split, open_corpus
+from hasten.data import spreading
+from hasten.data.corpus import BATCH_CHARACTERS, Corpus, CorpusSpec, open_corpus
+from hasten.data.encoding import Spread, TextEncoder, streams
+from hasten.data.progress import OnProgress, PrepareProgress, Reporter
 from hasten.data.sampling import sample
 from hasten.data.shards import FORMAT_VERSION, PreparedData, ShardWriter, write_manifest
 from hasten.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from hasten.errors import DataError, printable
 
+__all__ = ["OnProgress", "PrepareProgress", "prepare"]
+
 # Part of every cache key: raise it when the same corpus and tokenizer would give other shards, or other vocabularies.
 FORMAT = "hasten-prepared-1"
-_BATCH_CHARACTERS = 1 << 18
-_SMALL_CORPUS_BYTES = 2_000_000
-_CHECKED_CHARACTERS = 1 << 10  # of every batch: 4 % of the time where the encoder is ten times as fast
-# A thread holds about 23 MB with kitoken and 12 MB with tokenizers, and eight of the former wait for the one reader.
-_MOST_WORKERS, _MOST_FAST_WORKERS = 16, 8
+_BATCH_CHARACTERS = BATCH_CHARACTERS
 _SECONDS_BETWEEN_REPORTS = 0.1
+_SMALL_CORPUS_BYTES = 2_000_000
 _ABANDONED_SECONDS = 24 * 3600
-
-OnProgress = Callable[["PrepareProgress"], None]
-
-
-@dataclass(frozen=True)
-class PrepareProgress:
-    """How far a preparation is.
-
-    Attributes:
-        stage: "reading", "learning the tokenizer", "encoding", and at the end "done" or "reused".
-        done_bytes: bytes of the source files (as on disk) that the stage has read.
-        total_bytes: what it will read.
-        megabytes_per_second: text per second in this stage; None at its beginning.
-        seconds_left: of this stage; None at its beginning.
-        notes: at the end, sentences for the user: what was reused, which encoder ran, what was replaced in the text.
-    """
-
-    stage: str
-    done_bytes: int = 0
-    total_bytes: int = 0
-    megabytes_per_second: float | None = None
-    seconds_left: float | None = None
-    notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -66,14 +39,17 @@ def prepare(
     vocab_size: int = 4096,
     cache: Path | None = None,
     workers: int | None = None,
+    engine: str = "local",
     on_progress: OnProgress | None = None,
 ) -> PreparedData:
     """Return the corpus as token shards, from the cache where the same content was prepared the same way before.
 
     The cache is addressed by content: the hash of every source file (read each time), the split and the tokenizer.
-    Shards are the same whatever the number of workers and whichever encoder ran. Text is encoded by threads: the
-    encoders work outside the interpreter's lock, so they use every core, without the start-up, memory and
-    main-module rules of processes. A folder appears in the cache only when it is complete.
+    Shards are the same whatever the engine, the number of workers and whichever encoder ran. Here text is encoded by
+    threads: the encoders work outside the interpreter's lock, so they use every core, without the start-up, memory
+    and main-module rules of processes. On Ray batches of text travel to the workers of a cluster: the one that this
+    process is connected to, else that of RAY_ADDRESS or of `ray start`, else one of this machine for the time it takes.
+    A folder appears in the cache only when it is complete.
 
     Args:
         spec: the text. Sources that it keeps apart become a split each, ``train-0``, ``train-1`` and so on, with
@@ -81,12 +57,13 @@ def prepare(
         tokenizer: ``bpe`` (learned from the training side), ``bytes``, or a ``tokenizer.json`` or its folder.
         vocab_size: of a ``bpe`` tokenizer.
         cache: where prepared data lies; None: `cache_root`.
-        workers: threads that encode, at least 1; None: one per core, up to 8 with a fast encoder and 16 without;
-            one for less than 2 MB.
+        workers: threads or tasks that encode, at least 1; None: one per core, up to 8 with a fast encoder, 16 without
+            and 64 on Ray; one thread for less than 2 MB.
+        engine: ``local``, or ``ray``.
         on_progress: called now and then with a PrepareProgress, and once at the end.
 
     Raises:
-        DataError: the text or the tokenizer cannot be used, or the cache cannot be written.
+        DataError: the text, the tokenizer or the engine cannot be used, or the cache cannot be written.
 
     Example:
         >>> data = prepare(CorpusSpec(("python",)))  # doctest: +SKIP
@@ -94,10 +71,11 @@ def prepare(
         3123456
     """
     root = Path(cache) if cache is not None else cache_root()
-    tell = _Reporter(on_progress)
+    tell = Reporter(on_progress, _SECONDS_BETWEEN_REPORTS)
     tell.stage("reading", None)
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; expected at least 1.")
+    spreading.check_engine(engine)
     given = _given_tokenizer(tokenizer)
     corpus = open_corpus(spec)
     choice = f"bpe {vocab_size}" if given is None else f"{given.sha256} {given.document_token}"
@@ -109,7 +87,10 @@ def prepare(
             return data
         if given is None:
             given = _learned(corpus, vocab_size, root / "tokenizers", tell)
-        data = _build(corpus, given, folder, workers, tell)
+        if engine == "local" and sum(file.bytes for file in corpus.files) < _SMALL_CORPUS_BYTES:
+            workers = workers or 1
+        run, times = spreading.ENGINES[engine]
+        data = _build(corpus, given, folder, partial(run, workers=workers), times * _BATCH_CHARACTERS, tell)
     except OSError as error:
         raise DataError(
             f"prepared data cannot be written to {printable(str(root))} ({error.strerror or error}); "
@@ -129,13 +110,6 @@ def _given_tokenizer(choice: str) -> Tokenizer | None:
     return byte_tokenizer() if choice == "bytes" else load_tokenizer(choice)
 
 
-def _default_workers(corpus: Corpus, most: int) -> int:
-    if sum(file.bytes for file in corpus.files) < _SMALL_CORPUS_BYTES:
-        return 1
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return min(len(cores), most)
-
-
 def _cached(folder: Path) -> PreparedData | None:
     if not folder.is_dir():
         return None
@@ -149,7 +123,7 @@ def _cached(folder: Path) -> PreparedData | None:
         return None
 
 
-def _learned(corpus: Corpus, vocab_size: int, folder: Path, tell: _Reporter) -> Tokenizer:
+def _learned(corpus: Corpus, vocab_size: int, folder: Path, tell: Reporter) -> Tokenizer:
     file = folder / f"{_key('bpe', corpus.sha256, vocab_size)}.json"
     try:
         stored = json.loads(file.read_text("utf-8"))
@@ -159,7 +133,9 @@ def _learned(corpus: Corpus, vocab_size: int, folder: Path, tell: _Reporter) -> 
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not there, or damaged: learned again
     tell.stage("learning the tokenizer", corpus)
-    texts = sample(tell.counted(piece for side, piece in corpus.sides() if side != "val"))
+    val = len(corpus.train_splits)
+    batches = tell.counted(corpus.batches())
+    texts = sample(text for batch in batches for side, text in zip(batch.sides.tolist(), batch.texts) if side != val)
     tokenizer = train_bpe(texts, vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(suffix=".tmp", dir=folder)
@@ -173,12 +149,14 @@ def _learned(corpus: Corpus, vocab_size: int, folder: Path, tell: _Reporter) -> 
     return tokenizer
 
 
-def _build(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int | None, tell: _Reporter) -> PreparedData:
+def _build(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, spread: Spread, characters: int, tell: Reporter
+) -> PreparedData:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder.parent)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        _write(corpus, tokenizer, unfinished, workers, tell)
+        _write(corpus, tokenizer, unfinished, spread, characters, tell)
         unfinished.chmod(0o777 & ~_umask())
         try:
             unfinished.rename(folder)
@@ -209,15 +187,15 @@ def _remove_abandoned(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int | None, tell: _Reporter) -> None:
-    name, encode = encoders.fastest(tokenizer)
+def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, spread: Spread, characters: int, tell: Reporter) -> None:
+    encode = TextEncoder(tokenizer)
     try:
-        splits = _encode_corpus(corpus, tokenizer, encode, name, folder, workers, tell)
+        splits = _encode_corpus(corpus, encode, folder, spread, characters, tell)
     except _OtherIds:
-        tell.note(f"{name} gave other ids than the tokenizer on a part of this text, so it was not used")
+        tell.note(f"{encode.name} gave other ids than the tokenizer on a part of this text, so it was not used")
         for shard in folder.iterdir():
             shard.unlink()
-        splits = _encode_corpus(corpus, tokenizer, tokenizer.encode, "tokenizers", folder, workers, tell)
+        splits = _encode_corpus(corpus, TextEncoder(tokenizer, is_plain=True), folder, spread, characters, tell)
     tokenizer.save(folder)
     write_manifest(
         folder,
@@ -239,115 +217,26 @@ class _OtherIds(Exception):
 
 
 def _encode_corpus(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    encode: encoders.Encode,
-    name: str,
-    folder: Path,
-    workers: int | None,
-    tell: _Reporter,
+    corpus: Corpus, encode: TextEncoder, folder: Path, spread: Spread, characters: int, tell: Reporter
 ) -> dict[str, dict]:
-    is_fast = name not in ("tokenizers", "bytes")
-
-    def encode_batch(batch: list[tuple[Split, Piece]]) -> list[np.ndarray]:
-        beginning = batch[0][1].text[:_CHECKED_CHARACTERS]
-        if is_fast and encoders.disagrees(encode, tokenizer, [beginning]):
-            raise _OtherIds
-        return [encode(piece.text) for _, piece in batch]
-
-    workers = workers or _default_workers(corpus, _MOST_FAST_WORKERS if is_fast else _MOST_WORKERS)
     tell.stage("encoding", corpus)
+    tokenizer = encode.tokenizer
     settings = {"vocab_size": tokenizer.vocab_size, "document_token": tokenizer.document_token}
     with ExitStack() as open_files:
-        writers = {
-            split: open_files.enter_context(ShardWriter(folder, split, **settings))
-            for split in (*corpus.train_splits, "val")
-        }
-        for batch, tokens_of in _in_order(_batches(corpus), encode_batch, workers):
-            for (side, piece), tokens in zip(batch, tokens_of):
-                if piece.starts_document:
-                    writers[side].start_document()
-                writers[side].append(tokens, source_bytes=piece.source_bytes)
-                tell.read(piece)
-        tell.note(f"encoded by {name}" + (", its ids verified against tokenizers along the text" if is_fast else ""))
-        return {side: writer.close() for side, writer in writers.items()}
-
-
-def _batches(corpus: Corpus) -> Iterator[list[tuple[Split, Piece]]]:
-    batch, size = [], 0
-    for side, piece in corpus.sides():
-        batch.append((side, piece))
-        size += len(piece.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _in_order(batches: Iterator[list], work: Callable, workers: int) -> Iterator[tuple[list, list]]:
-    """Yield each batch with its result, in order; a batch per worker and two more are held."""
-    if workers == 1:
-        for batch in batches:
-            yield batch, work(batch)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="hasten-encode")
-    waiting: deque[tuple[list, Future]] = deque()
-    try:
-        for batch in batches:
-            waiting.append((batch, pool.submit(work, batch)))
-            if len(waiting) > workers + 1:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        writers = [open_files.enter_context(ShardWriter(folder, split, **settings)) for split in corpus.splits]
+        results = open_files.enter_context(closing(spread(corpus.batches(characters), encode)))
+        for batch, encoded in results:
+            if encoded is None:
+                raise _OtherIds
+            for side, tokens, starts, source_bytes in streams(batch, encoded, tokenizer.document_token):
+                writers[side].extend(tokens, starts, source_bytes=source_bytes)
+            tell.read(batch)
+        name = encode.name
+        tell.note(
+            f"encoded by {name}" + (", its ids verified against tokenizers along the text" if encode.is_fast else "")
+        )
+        return {split: writer.close() for split, writer in zip(corpus.splits, writers)}
 
 
 def _sentences(data: PreparedData) -> list[str]:
     return list(data.manifest.get("notes", []))
-
-
-class _Reporter:
-    """Turns what is read into a PrepareProgress now and then."""
-
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        self._on_progress = on_progress
-        self._notes: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self._notes.append(sentence)
-
-    def stage(self, name: str, corpus: Corpus | None) -> None:
-        self._stage, self._corpus = name, corpus
-        self._total = sum(file.bytes for file in corpus.files) if corpus else 0
-        self._text_bytes, self._start, self._last = 0, time.monotonic(), float("-inf")
-        self._send()
-
-    def counted(self, pieces: Iterator[Piece]) -> Iterator[str]:
-        for piece in pieces:
-            self.read(piece)
-            yield piece.text
-
-    def read(self, piece: Piece) -> None:
-        self._text_bytes += piece.source_bytes
-        if self._on_progress and time.monotonic() - self._last >= _SECONDS_BETWEEN_REPORTS:
-            self._send()
-
-    def finish(self, stage: str, sentences: list[str]) -> None:
-        self._notes.extend(sentences)
-        if self._on_progress:
-            total = self._total
-            self._on_progress(PrepareProgress(stage, total, total, notes=tuple(map(printable, self._notes))))
-
-    def _send(self) -> None:
-        if self._on_progress is None:
-            return
-        now = time.monotonic()
-        self._last, seconds = now, now - self._start
-        done = min(self._corpus.bytes_read, self._total) if self._corpus and self._text_bytes else 0
-        speed = self._text_bytes / 1e6 / seconds if done and seconds > 0 else None
-        left = seconds * (self._total - done) / done if done else None
-        self._on_progress(PrepareProgress(self._stage, done, self._total, speed, left))

@@ -10,9 +10,10 @@ from hasten.data.batches import RowSource, Source
 from hasten.data.buckets import BucketSource
 from hasten.data.documents import Documents
 from hasten.data.mixture import MixtureSource
+from hasten.data.order import GROUP
 from hasten.data.rows import ChunkedRows, Rows
 from hasten.data.shards import PreparedData
-from hasten.data.windows import WINDOW_DOCUMENTS, Pack, Report, Windows
+from hasten.data.windows import WINDOW_DOCUMENTS, WINDOW_TOKENS, Pack, Report, Windows
 from hasten.errors import DataError, RecipeError, nearest
 
 MODES = ("view", "bucket")
@@ -28,6 +29,7 @@ def read(
     mode: str = "view",
     lengths: Sequence[int] = (),
     weights: Sequence[float] | None = None,
+    shuffle_tokens: int | None = None,
 ) -> Source:
     """Return which rows of `data` a run reads, step by step.
 
@@ -41,6 +43,10 @@ def read(
             documents of similar length into rows of their own length.
         lengths: of the rows of each bucket, rising up to `seq_len`; only for ``bucket``.
         weights: shares of the sources of a mixture, one for each of ``data.trains``.
+        shuffle_tokens: about how many tokens of a stream are mixed at a time; None: what the rows do by themselves,
+            half a billion for packed ones and all of it for ``chunk``. Fewer than the stream has, and rows are read
+            from near each other: what lies on object storage is then brought here once in an epoch, through a cache
+            of about twice as many.
 
     Raises:
         RecipeError: an unknown setting, or settings that contradict each other.
@@ -55,9 +61,10 @@ def read(
         )
     if mode == "bucket":
         _refuse_unbucketed(packing, weights)
-        windows = Windows(data.train, Pack("bucketed", _widths(lengths, seq_len), overflow))
+        pack = Pack("bucketed", _widths(lengths, seq_len), overflow)
+        windows = Windows(data.train, pack, window_tokens=_window(shuffle_tokens))
         return BucketSource([windows.rows(number) for number in range(len(lengths))], seed=seed)
-    rows = [_packed(train, seq_len, packing, overflow) for train in data.trains]
+    rows = [_packed(train, seq_len, packing, overflow, shuffle_tokens) for train in data.trains]
     if weights:
         return MixtureSource(rows, weights, seed=seed, names=data.train_names)
     return RowSource(rows[0], seed=seed)
@@ -71,6 +78,7 @@ def packing_reports(
     overflow: str = "split",
     mode: str = "view",
     lengths: Sequence[int] = (),
+    shuffle_tokens: int | None = None,
 ) -> tuple[Report, ...]:
     """Return what becomes of the tokens of each of ``data.trains`` in rows that `read` gives; arguments as there."""
     pack = Pack(packing, (seq_len,), overflow)
@@ -78,7 +86,7 @@ def packing_reports(
         pack = Pack("bucketed", _widths(lengths, seq_len), overflow)
     if pack.packing == "chunk":
         return tuple(_chunk_report(train, seq_len) for train in data.trains)
-    return tuple(Windows(train, pack).report for train in data.trains)
+    return tuple(Windows(train, pack, window_tokens=_window(shuffle_tokens)).report for train in data.trains)
 
 
 def _refuse_unbucketed(packing: str, weights: Sequence[float] | None) -> None:
@@ -100,10 +108,18 @@ def _widths(lengths: Sequence[int], seq_len: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def _packed(documents: Documents, seq_len: int, packing: str, overflow: str) -> Rows:
+def _packed(documents: Documents, seq_len: int, packing: str, overflow: str, shuffle_tokens: int | None) -> Rows:
     pack = Pack(packing, (seq_len,), overflow)
+    if packing != "chunk":
+        return Windows(documents, pack, window_tokens=_window(shuffle_tokens)).rows()
     # Cutting the stream itself needs no plan, and no row but the last is short.
-    return ChunkedRows(documents, seq_len) if packing == "chunk" else Windows(documents, pack).rows()
+    window_rows = None if shuffle_tokens is None else max(1, _window(shuffle_tokens) // seq_len)
+    return ChunkedRows(documents, seq_len, window_rows=window_rows)
+
+
+def _window(shuffle_tokens: int | None) -> int:
+    """Return the tokens of a window, of which `GROUP` are mixed with each other."""
+    return WINDOW_TOKENS if shuffle_tokens is None else max(1, shuffle_tokens // GROUP)
 
 
 def _chunk_report(documents: Documents, seq_len: int) -> Report:

@@ -10,8 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
+from hasten.data.ahead import Far, far_of
 from hasten.data.documents import DocumentPart, Documents, parts_of
-from hasten.data.order import EndlessOrder
+from hasten.data.order import GROUP, EndlessOrder, WindowOrder
 from hasten.errors import DataError
 
 NO_TARGET = -100  # what `torch.nn.functional.cross_entropy` ignores
@@ -39,12 +40,14 @@ class Rows(Protocol):
         seq_len: tokens of a row.
         num_targets: labels of an epoch that are real.
         filler: the token of padding.
+        far: how to have their tokens brought here before they are read.
     """
 
     num_rows: int
     seq_len: int
     num_targets: int
     filler: int
+    far: Far
 
     def fill(
         self, row_numbers_R: np.ndarray, tokens_RT: np.ndarray, labels_RT: np.ndarray, ids_RT: np.ndarray | None = None
@@ -57,6 +60,10 @@ class Rows(Protocol):
             labels_RT: int64, for the targets; `NO_TARGET` where there is none.
             ids_RT: int32, for a number per position that rises with every document of the row.
         """
+        ...
+
+    def spans(self, row_numbers_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where in the stream the pieces of rows begin, and how many tokens of it each takes, its label too."""
         ...
 
     def order(self, seed: int, purpose: str = "rows") -> Order:
@@ -78,12 +85,14 @@ class ChunkedRows:
     Args:
         documents: a stream of at least two tokens, whose documents begin with a token they have in common.
         seq_len: tokens of a row, at least 1.
+        window_rows: rows that follow each other in the stream and stay near each other in the order, see `WindowOrder`;
+            None: every row may come at any time.
 
     Raises:
         DataError: fewer than two tokens, or documents without a document token.
     """
 
-    def __init__(self, documents: Documents, seq_len: int) -> None:
+    def __init__(self, documents: Documents, seq_len: int, *, window_rows: int | None = None) -> None:
         if documents.num_tokens < 2:
             raise DataError(
                 f"The text has {documents.num_tokens} token{'s' * (documents.num_tokens != 1)}, and there is nothing "
@@ -91,7 +100,7 @@ class ChunkedRows:
             )
         if documents.document_token is None:
             raise DataError("Rows cut from a stream tell documents by their first token: give document_token.")
-        self._documents = documents
+        self._documents, self._window_rows, self.far = documents, window_rows, far_of(documents)
         self.seq_len = seq_len
         self.num_targets = documents.num_tokens - 1
         self.num_rows = -(-self.num_targets // seq_len)
@@ -110,9 +119,17 @@ class ChunkedRows:
             np.cumsum(tokens_RT == self._documents.document_token, axis=1, dtype=np.int32, out=ids_RT)
         return targets_R
 
+    def spans(self, row_numbers_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where in the stream the rows begin, and how many tokens each takes, the last label too."""
+        starts_R = row_numbers_R * self.seq_len
+        return starts_R, np.minimum(self.seq_len, self.num_targets - starts_R) + 1
+
     def order(self, seed: int, purpose: str = "rows") -> Order:
         """Return an endless shuffled order of the row numbers."""
-        return EndlessOrder(self.num_rows, seed=seed, purpose=purpose)
+        begins = np.arange(0, self.num_rows, self._window_rows or self.num_rows)
+        if len(begins) <= GROUP:
+            return EndlessOrder(self.num_rows, seed=seed, purpose=purpose)
+        return WindowOrder(np.diff(begins, append=self.num_rows), seed=seed, purpose=purpose, group=GROUP)
 
     def parts(self, row_number: int) -> list[DocumentPart]:
         """Return what a row holds of which documents, in order."""

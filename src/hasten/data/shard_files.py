@@ -1,15 +1,13 @@
 """One shard on disk: a ``.bin`` of token ids with its ``.idx``.
 
-``train-00000.bin`` holds the ids, little-endian uint16 or uint32, and nothing else. ``train-00000.idx`` holds a header,
-the uint32 crc32 of every 1 MiB block of the ``.bin``, then the uint64 positions where documents start, counted from
-the beginning of the shard.
+``train-00000.bin`` holds the ids, little-endian uint16 or uint32, and nothing else; for its index see
+`hasten.data.shard_index`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import zlib
 from array import array
 from collections.abc import Callable, Mapping
@@ -21,15 +19,12 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 
 from hasten.data.mapped import MappedFile
+from hasten.data.shard_index import BLOCK_BYTES, packed_index, read_starts, read_table, table_bytes
 from hasten.errors import DamagedData, DataError, printable
 from hasten.files import open_regular
 
-BLOCK_BYTES = 1 << 20
 SHARD_TOKENS = 1 << 27
-
-# Magic, tokens, documents, checksummed blocks, crc32 of the document starts.
-_INDEX_HEADER = struct.Struct("<8sQQQI")
-_INDEX_MAGIC = b"hastnix1"
+_AT_ITS_BEGINNING, _NOWHERE = np.zeros(1, np.int64), np.zeros(0, np.int64)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -89,13 +84,17 @@ class ShardWriter:
 
     def start_document(self) -> None:
         """Begin the next document by writing the document token."""
-        if self._file is None:
-            self._open_shard()
-        self._starts.append(self._in_shard)
-        self._store(self._document_token)
+        self.extend(self._document_token, _AT_ITS_BEGINNING, source_bytes=0)
 
     def append(self, tokens: np.ndarray, *, source_bytes: int) -> None:
         """Add `tokens` (whole numbers, 1-D) to the document in hand; they stand for `source_bytes` bytes of text."""
+        self.extend(tokens, _NOWHERE, source_bytes=source_bytes)
+
+    def extend(self, tokens: np.ndarray, starts_D: np.ndarray, *, source_bytes: int) -> None:
+        """Add `tokens` of many documents: a new one begins, with its document token, at each of the rising `starts_D`.
+
+        The same file as `start_document` and `append` for each document, in one step.
+        """
         self._source_bytes += source_bytes
         if not tokens.size:
             return
@@ -106,7 +105,22 @@ class ShardWriter:
                 f"The tokenizer gave the id {lowest if lowest < 0 else highest}, outside its vocabulary of "
                 f"{self._vocab_size}; use a tokenizer whose ids are below its vocabulary size."
             )
-        self._store(tokens)
+        done = 0
+        while done < len(tokens):
+            if self._file is None:
+                self._open_shard()
+            room = min(len(self._block) - self._in_block, self._shard_tokens - self._in_shard)
+            part = tokens[done : done + room]
+            first, stop = starts_D.searchsorted((done, done + room)).tolist()
+            self._starts.extend((starts_D[first:stop] + (self._in_shard - done)).tolist())
+            self._block[self._in_block : self._in_block + len(part)] = part
+            done += len(part)
+            self._in_block += len(part)
+            self._in_shard += len(part)
+            if self._in_block == len(self._block):
+                self._write_block()
+            if self._in_shard == self._shard_tokens:
+                self._close_shard()
 
     def close(self) -> dict[str, Any]:
         """Finish the last shard and return the manifest's entry for the split."""
@@ -119,22 +133,6 @@ class ShardWriter:
             "source_bytes": self._source_bytes,
             "shards": entries,
         }
-
-    def _store(self, tokens: np.ndarray) -> None:
-        done = 0
-        while done < len(tokens):
-            if self._file is None:
-                self._open_shard()
-            room = min(len(self._block) - self._in_block, self._shard_tokens - self._in_shard)
-            part = tokens[done : done + room]
-            self._block[self._in_block : self._in_block + len(part)] = part
-            done += len(part)
-            self._in_block += len(part)
-            self._in_shard += len(part)
-            if self._in_block == len(self._block):
-                self._write_block()
-            if self._in_shard == self._shard_tokens:
-                self._close_shard()
 
     def _open_shard(self) -> None:
         self._name = f"{self._split}-{len(self._entries):05d}"
@@ -154,14 +152,10 @@ class ShardWriter:
         sync(self._file)
         self._file.close()
         self._file = None
-        starts = np.array(self._starts, "<u8").tobytes()
-        table = np.array(self._checksums, "<u4").tobytes()
-        header = _INDEX_HEADER.pack(
-            _INDEX_MAGIC, self._in_shard, len(self._starts), len(self._checksums), zlib.crc32(starts)
-        )
+        table, starts = packed_index(self._in_shard, self._checksums, self._starts)
         index = self._folder / f"{self._name}.idx"
         with open(index, "wb") as file:
-            file.write(header + table + starts)
+            file.write(table + starts)
             sync(file)
         self._entries.append(
             {
@@ -174,18 +168,13 @@ class ShardWriter:
                 },
                 "index": {
                     "file": index.name,
-                    "bytes": len(header) + len(table) + len(starts),
-                    "sha256": hashlib.sha256(header + table + starts).hexdigest(),
-                    "crc32": zlib.crc32(header + table),
+                    "bytes": len(table) + len(starts),
+                    "sha256": hashlib.sha256(table + starts).hexdigest(),
+                    "crc32": zlib.crc32(table),
                 },
             }
         )
         self._in_shard = 0
-
-
-def index_bytes(num_tokens: int, num_documents: int, token_bytes: int) -> int:
-    """Return the size of the ``.idx`` of a shard whose tokens take `token_bytes` each."""
-    return _INDEX_HEADER.size + 4 * -(-num_tokens * token_bytes // BLOCK_BYTES) + 8 * num_documents
 
 
 class ShardFile:
@@ -230,14 +219,14 @@ class ShardFile:
         # With another mode numpy would write into a buffer first; every index is inside.
         return np.take(self._tokens, indexes_N, out=np.empty(len(indexes_N), self._dtype), mode="clip")
 
-    def document_starts(self) -> np.ndarray:
-        """Return where documents start, ``int64``, counted from the beginning of the shard: a view of the index.
+    def starts(self, first: int, stop: int) -> np.ndarray:
+        """Return where documents `first` up to `stop` start, ``int64``, counted from the beginning of the shard.
 
-        The index is mapped, not read; its checksums are checked once, and again when the file was changed.
+        A view of the index, which is mapped, not read; its checksums are checked once, and again when it was changed.
         """
         if "_starts" in vars(self) and self._mapped_index.has_changed():
             self._forget("_starts", "_mapped_index")
-        return self._starts
+        return self._starts[first:stop]
 
     @cached_property
     def _mapped_index(self) -> MappedFile:
@@ -249,17 +238,12 @@ class ShardFile:
     def _starts(self) -> np.ndarray:
         self._forget("_mapped_index")  # of an earlier look at it that failed
         content = self._mapped_index.content
-        begin = _INDEX_HEADER.size + 4 * len(self._checksums)
-        *_, num_documents, _, checksum = self._parse(content[:begin])
-        starts = content[begin:]
-        if len(starts) != 8 * num_documents or zlib.crc32(starts) != checksum:
-            raise damaged(self._index, "its document starts fail their checksum")
-        # No shard holds 2**63 tokens, so the stored uint64 is the same as int64.
-        starts_D = np.frombuffer(starts, "<i8")
-        is_inside = not len(starts_D) or (starts_D[0] >= 0 and starts_D[-1] < self.num_tokens)
-        if len(starts_D) != self.num_documents or not is_inside or (starts_D[1:] <= starts_D[:-1]).any():
-            raise damaged(self._index, "its documents do not start one behind the other")
-        return starts_D
+        begin = table_bytes(self.num_tokens, self._dtype.itemsize)
+        try:
+            _, checksum = read_table(content[:begin], self._entry, self._dtype.itemsize)
+            return read_starts(content[begin:], self._entry, checksum)
+        except ValueError as error:
+            raise damaged(self._index, str(error)) from None
 
     @cached_property
     def _mapped(self) -> MappedFile:
@@ -287,25 +271,16 @@ class ShardFile:
 
     @cached_property
     def _checksums(self) -> np.ndarray:
-        num_blocks = -(-self.num_tokens // self._block_tokens)
         with opened(self._index) as file:
-            content = file.read(_INDEX_HEADER.size + 4 * num_blocks)
-        self._parse(content)
-        return np.frombuffer(content, "<u4", offset=_INDEX_HEADER.size)
+            content = file.read(table_bytes(self.num_tokens, self._dtype.itemsize))
+        try:
+            return read_table(content, self._entry, self._dtype.itemsize)[0]
+        except ValueError as error:
+            raise damaged(self._index, str(error)) from None
 
     @cached_property
     def _is_checked(self) -> np.ndarray:
         return np.zeros(len(self._checksums), bool)
-
-    def _parse(self, content: bytes) -> tuple[Any, ...]:
-        """Return the header's fields once header and table of checksums are what the manifest says."""
-        num_blocks = -(-self.num_tokens // self._block_tokens)
-        if zlib.crc32(content[: _INDEX_HEADER.size + 4 * num_blocks]) != self._entry["index"]["crc32"]:
-            raise damaged(self._index, "its table of checksums fails its own checksum")
-        fields = _INDEX_HEADER.unpack_from(content)
-        if fields[:2] != (_INDEX_MAGIC, self.num_tokens) or fields[3] != num_blocks:
-            raise damaged(self._index, "it is not the index of this shard")
-        return fields
 
     def _check_spans(self, starts_R: np.ndarray, stops_R: np.ndarray) -> None:
         """Check the blocks that hold the tokens from `starts_R` up to `stops_R`, at least one token each."""

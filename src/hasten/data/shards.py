@@ -7,6 +7,8 @@ the document token followed by its own tokens, documents back to back; shards cu
 
 What is checked, and when: sizes and the manifest's own hash when the folder is opened, the table of checksums when a
 shard is first used, each block when it is first touched, everything in `PreparedData.verify`.
+
+Such a folder may lie on object storage, too: see `hasten.data.remote`.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from hasten.data.ahead import NEAR, Far
 from hasten.data.manifest import FORMAT_VERSION, MANIFEST, all_files, read_manifest, sha256_of, write_manifest
 from hasten.data.shard_files import ShardFile, ShardWriter, check_size, damaged, spread, token_dtype
 from hasten.errors import DataError
@@ -40,35 +43,69 @@ class SplitSize(NamedTuple):
     source_bytes: int
 
 
+class Shard(Protocol):
+    """One shard, wherever it lies: spans of its tokens, checked, and where its documents start.
+
+    Attributes:
+        num_tokens: tokens in it.  num_documents: documents that start in it.
+        hashes: the sha256 of the ``.bin`` and of the ``.idx``, from the manifest.
+    """
+
+    num_tokens: int
+    num_documents: int
+
+    @property
+    def hashes(self) -> tuple[str, str]: ...
+
+    def view(self, start: int, stop: int) -> np.ndarray: ...
+
+    def spans(self, starts_R: np.ndarray, length: int) -> np.ndarray: ...
+
+    def pieces(self, starts_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray: ...
+
+    def starts(self, first: int, stop: int) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """A corpus as tokens: the streams, and what they were made from. Made by `PreparedData.open`.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies; of data elsewhere, where its manifest and its tokenizer are kept here.
         manifest: everything known of it, as plain data.
         trains: the streams to train on: one, or one for each source that was kept apart for a mixture.
         val: the held-out stream.
+        place: the folder or the URL to open it by again.
+        check: reads one of its files and compares its sha256 with the manifest's entry.
     """
 
     folder: Path
     manifest: Mapping[str, Any]
     trains: tuple[TokenShards, ...]
     val: TokenShards
+    place: str
+    check: Callable[[Mapping[str, Any]], None]
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> PreparedData:
         """Return the prepared data in `folder` after checking its manifest and the size of every file.
 
+        A URL such as ``s3://bucket/folder`` is opened by `hasten.data.remote.open_remote`.
+
         Raises:
             DataError: not prepared data, of another version, or a file is missing or has another size.
         """
+        if "://" in os.fspath(folder):
+            from hasten.data.remote import open_remote
+
+            return open_remote(os.fspath(folder))
         folder = Path(folder)
         manifest = read_manifest(folder / MANIFEST)
         for entry in all_files(manifest):
             check_size(folder / entry["file"], entry["bytes"])
+
         *trains, val = (TokenShards(folder, manifest, split) for split in (*train_splits(manifest), "val"))
-        return cls(folder, manifest, tuple(trains), val)
+        return cls(folder, manifest, tuple(trains), val, str(folder), partial(_check_file, folder))
 
     @property
     def train(self) -> TokenShards:
@@ -132,10 +169,14 @@ class PreparedData:
             DataError: names the first file that differs.
         """
         for entry in all_files(self.manifest):
-            path = self.folder / entry["file"]
-            check_size(path, entry["bytes"])
-            if sha256_of(path) != entry["sha256"]:
-                raise damaged(path, "its sha256 is not the manifest's")
+            self.check(entry)
+
+
+def _check_file(folder: Path, entry: Mapping[str, Any]) -> None:
+    path = folder / entry["file"]
+    check_size(path, entry["bytes"])
+    if sha256_of(path) != entry["sha256"]:
+        raise damaged(path, "its sha256 is not the manifest's")
 
 
 def train_splits(manifest: Mapping[str, Any]) -> tuple[str, ...]:
@@ -145,7 +186,7 @@ def train_splits(manifest: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class TokenShards:
-    """The token stream of one split, read from memory-mapped shards.
+    """The token stream of one split, read from its shards.
 
     Positions count tokens from the beginning of the stream; no caller needs to know where a shard ends. What is
     returned is always a fresh array. A block of a shard is checked when it is first touched: its crc32, and that
@@ -157,9 +198,18 @@ class TokenShards:
         source_bytes: bytes of text that it stands for.
         vocab_size: every id is below it.
         document_token: the id that begins every document.
+        far: how to have tokens brought here before they are read; `NEAR` where they lie here.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], split: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        split: str,
+        *,
+        shard_of: Callable[[Path, Mapping[str, Any], int], Shard] = ShardFile,
+        far: Far = NEAR,
+    ) -> None:
         entry = manifest["splits"][split]
         self.num_tokens: int = entry["num_tokens"]
         self.num_documents: int = entry["num_documents"]
@@ -167,7 +217,8 @@ class TokenShards:
         self.vocab_size: int = manifest["vocab_size"]
         self.document_token: int = manifest["document_token"]
         self._dtype = token_dtype(self.vocab_size)
-        self._shards = [ShardFile(folder, shard, self.vocab_size) for shard in entry["shards"]]
+        self._shards = [shard_of(folder, shard, self.vocab_size) for shard in entry["shards"]]
+        self.far = far
         self._bounds = np.cumsum([0] + [shard.num_tokens for shard in self._shards])
         self._first_documents = np.cumsum([0] + [shard.num_documents for shard in self._shards])
 
@@ -239,7 +290,7 @@ class TokenShards:
     def starts(self, first: int, stop: int) -> np.ndarray:
         """Return where documents `first` up to `stop` begin and where the last of them ends, int64.
 
-        Only the shards that hold them are touched, and their index is mapped, never held in memory as a whole.
+        Only the shards that hold them are touched.
         """
         if not 0 <= first <= stop <= self.num_documents:
             raise IndexError(f"documents {first} to {stop} of {self.num_documents}")
@@ -250,7 +301,7 @@ class TokenShards:
         done = 0
         while first + done < last:
             begin = first + done - int(self._first_documents[number])
-            part = self._shards[number].document_starts()[begin : begin + last - first - done]
+            part = self._shards[number].starts(begin, begin + last - first - done)
             np.add(part, self._bounds[number], out=starts[done : done + len(part)])
             done += len(part)
             number += 1

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hasten.data.ahead import far_of
 from hasten.data.documents import DocumentPart, Documents, parts_of
 from hasten.data.fitting import OVERFLOWS, PACKINGS, Packing, bucketed
-from hasten.data.order import EndlessOrder, WindowOrder
+from hasten.data.order import GROUP, EndlessOrder, WindowOrder
 from hasten.data.row_counts import RowCounts, cached_counts, keep_counts
 from hasten.data.rows import Order, Pieces, blocks, lay
 from hasten.data.shard_files import spread
@@ -27,8 +28,6 @@ WINDOW_DOCUMENTS = 1 << 16
 WINDOW_TOKENS = 1 << 26
 # What is kept of a window is 24 bytes for each piece, and long documents are a piece for each row: 8 MB at most.
 WINDOW_ROWS = 1 << 18
-# Windows whose rows are mixed: a step then reads from all over half a billion tokens, and resuming packs 8 windows.
-GROUP = 8
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,9 @@ class Windows:
         counts: what packing makes of every window. Left out, it is looked up in the cache, or found by packing every
             window once (7 million documents a CPU-second) and kept there.
         group: windows whose rows are mixed with each other.
-        window_documents: documents of a window; left out, what makes about `WINDOW_TOKENS`
+        window_documents: documents of a window; left out, what makes about `window_tokens`
             and at most about `WINDOW_ROWS`.
+        window_tokens: tokens of a window.
 
     Raises:
         DataError: there is nothing to predict.
@@ -144,6 +144,7 @@ class Windows:
         counts: RowCounts | None = None,
         group: int = GROUP,
         window_documents: int | None = None,
+        window_tokens: int = WINDOW_TOKENS,
     ) -> None:
         if documents.num_tokens < 2:
             raise DataError(
@@ -153,7 +154,7 @@ class Windows:
         mean = max(1, documents.num_tokens // documents.num_documents)
         self.documents, self.pack, self.group = documents, pack, group
         self.capacities = tuple(packing.capacity for packing in pack(np.empty(0, np.int64)))
-        room = min(WINDOW_TOKENS, WINDOW_ROWS * self.capacities[-1])
+        room = min(window_tokens, WINDOW_ROWS * self.capacities[-1])
         self.window_documents = window_documents or max(1, min(WINDOW_DOCUMENTS, room // mean))
         self.num_windows = -(-documents.num_documents // self.window_documents)
         self._packed: dict[int, tuple[_Plan, ...]] = {}
@@ -241,6 +242,7 @@ class WindowRows:
         self.num_targets = int(windows.counts.tokens_WK[:, number].sum())
         self.most_pieces = windows.counts.most_pieces_K[number]
         self.filler = windows.documents.document_token or 0
+        self.far = far_of(windows.documents)
         self._table = self._empty()
 
     def fill(
@@ -264,6 +266,11 @@ class WindowRows:
         if windows.num_windows <= windows.group:
             return EndlessOrder(self.num_rows, seed=seed, purpose=purpose)
         return WindowOrder(np.diff(self._first_rows_W1), seed=seed, purpose=purpose, group=windows.group)
+
+    def spans(self, row_numbers_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where in the stream the pieces of rows begin, and how many tokens each takes, its label too."""
+        pieces = self._pieces(row_numbers_R)
+        return pieces.starts_P, pieces.lengths_P + 1
 
     def parts(self, row_number: int) -> list[DocumentPart]:
         """Return what a row holds of which documents, in order."""

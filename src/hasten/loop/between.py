@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from hasten.checkpoint import Writer, Written, newest
+from hasten.distributed import Ranks
 from hasten.errors import RunError
 from hasten.evaluation import Evaluation, evaluate_shards
 from hasten.loop.recovery import go_back
@@ -37,6 +38,7 @@ def validate(state: State, *, max_tokens: int | None) -> Evaluation:
             seq_len=state.recipe.lengths.seq_len,
             document_token=state.data.document_token,
             max_tokens=max_tokens,
+            ranks=state.company.ranks,
         )
 
 
@@ -51,7 +53,7 @@ def save(state: State, writer: Writer, tell: Teller) -> float:
         go_back(state, tell, f"a number of the state is not finite after step {state.step}")
         return 0.0
     hold(state, taken)
-    _write(taken, writer, tell)
+    _write(state, taken, writer, tell)
     spent = time.perf_counter() - began
     state.spend("checkpoint", spent)
     return spent
@@ -68,7 +70,7 @@ def save_last(state: State, writer: Writer, tell: Teller) -> None:
     if taken is None:
         state.status, state.reason = "diverged", f"a number of the state is not finite after step {state.step}"
         return
-    _write(taken, writer, tell)
+    _write(state, taken, writer, tell)
     written = writer.wait()
     state.spend("checkpoint", time.perf_counter() - began)
     tell_written([one for one in written if one.step != taken.step], tell)
@@ -78,16 +80,17 @@ def save_last(state: State, writer: Writer, tell: Teller) -> None:
     tell_written([last], tell)
 
 
-def _write(taken: Snapshot, writer: Writer, tell: Teller) -> None:
+def _write(state: State, taken: Snapshot, writer: Writer, tell: Teller) -> None:
     tell("saving")  # the record is forced to the disk first: no saved step without its lines
     tell_written(writer.wait(), tell)
-    writer.write(taken.step, taken.tensors, taken.plain)
+    owned = state.company.parallel.owned
+    writer.write(taken.step, lambda: {group: owned(held) for group, held in taken.tensors.items()}, taken.plain)
 
 
-def newest_saved(writer: Writer, tell: Teller) -> Snapshot | None:
+def newest_saved(writer: Writer, ranks: Ranks, tell: Teller) -> Snapshot | None:
     """Return the newest good checkpoint as a state to go back to, once all are written; None where there is none."""
     tell_written(writer.wait(), tell)
-    loaded, notes = newest(writer.root)
+    loaded, notes = newest(writer.root, ranks)
     for note in notes:
         tell("warning", message=note)
     return None if loaded is None else Snapshot(loaded.step, loaded.tensors, loaded.state)

@@ -40,7 +40,7 @@ def choose_compile(
             seconds_per_step = probe(state, passes=1)
             seconds_left = seconds_per_step * (state.total_steps - state.step)
         saved, cost = seconds_left * TIME_SAVED[kind], COMPILE_SECONDS[kind]
-        is_on = saved > 2 * cost
+        is_on = state.company.ranks.from_main(saved > 2 * cost)
         reason = f"saves about {saved:.0f} s of {seconds_left:.0f} s and costs about {cost:.0f} s"
     state.notes["compile"] = is_on
     if is_on:

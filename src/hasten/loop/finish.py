@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hasten.checkpoint import Writer
 from hasten.evaluation import baselines
 from hasten.exports import export
@@ -16,7 +18,7 @@ from hasten.loop.memory import peak_bytes
 from hasten.loop.proving import prove, watched_evaluation
 from hasten.loop.state import State, weights_to_evaluate
 from hasten.loop.telling import Teller
-from hasten.model import count_parameters
+from hasten.model import count_parameters, read_model
 from hasten.record import RunFolder, write_result
 
 SAMPLE_TOKENS = 160
@@ -43,6 +45,7 @@ def finish(state: State, folder: RunFolder, writer: Writer, tell: Teller) -> Res
 
     A diverged run is described, but neither saved nor exported: its last good checkpoint stays the newest.
     """
+    state.company.tick(state.clock)
     seconds, memory = state.clock.seconds, peak_bytes(state.device)
     if state.status == "running":
         state.status = "finished"
@@ -62,29 +65,31 @@ def finish(state: State, folder: RunFolder, writer: Writer, tell: Teller) -> Res
         tokens=evaluation.tokens,
         whole=True,
     )
-    tokenizer = state.data.tokenizer
     with weights_to_evaluate(state):
-        export(
-            state.precision.named_masters(),
-            state.config,
-            tokenizer,
-            folder.final,
-            document_token=state.data.document_token,
-        )
-        text = "".join(generate(state.model, tokenizer, max_tokens=SAMPLE_TOKENS, seed=state.seed))
+        weights = state.company.parallel.whole(state.precision.named_masters())
+        text = _export(state, weights, folder) if state.company.ranks.is_main else ""
     tell("sample", prompt="", text=text)
     values = {
         "val_loss": evaluation.loss,
         "val_bpb": evaluation.bits_per_byte,
         "val_tokens": evaluation.tokens,
         "val_bytes": evaluation.bytes,
-        **baselines(state.data.val, tokenizer),
+        **(baselines(state.data.val, state.data.tokenizer) if state.company.ranks.is_main else {}),
     }
     return _write(state, folder, tell, values, seconds, memory)
 
 
+def _export(state: State, weights: Mapping[str, Tensor], folder: RunFolder) -> str:
+    """Write the model in Hugging Face format, and return what it writes."""
+    tokenizer = state.data.tokenizer
+    final = export(weights, state.config, tokenizer, folder.final, document_token=state.data.document_token)
+    model = read_model(final) if state.company.parallel.is_sharded else state.model
+    return "".join(generate(model, tokenizer, max_tokens=SAMPLE_TOKENS, seed=state.seed))
+
+
 def stopped(state: State, folder: RunFolder, writer: Writer, tell: Teller, signal_name: str) -> Result:
     """Save a run that a signal stopped, so that the same command goes on from here; return its result so far."""
+    state.company.tick(state.clock)
     seconds, memory = state.clock.seconds, peak_bytes(state.device)
     save_last(state, writer, tell)
     if state.status == "diverged":
@@ -99,6 +104,7 @@ def paused(state: State, folder: RunFolder, writer: Writer, tell: Teller, reason
 
     The evaluation is that of `evaluate.tokens`, so that pausing costs what an evaluation within the run costs.
     """
+    state.company.tick(state.clock)
     seconds, memory = state.clock.seconds, peak_bytes(state.device)
     save_last(state, writer, tell)
     if state.status == "diverged":
@@ -146,6 +152,7 @@ def _write(
         "corpus_sha256": state.data.corpus_sha256,
         "tokenizer_sha256": state.data.tokenizer_sha256,
     }
-    write_result(folder, {**result, "proof": proof.data})
+    if state.company.ranks.is_main:
+        write_result(folder, {**result, "proof": proof.data})
     tell("finish", **result)
     return Result(state.status, state.reason, folder.path, {**result, "proof": proof.data})

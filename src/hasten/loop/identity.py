@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from hasten.errors import HastenError, RecipeError, nearest, one_line
-from hasten.loop.state import State, pick_device
+from hasten.loop.company import pick_device
+from hasten.loop.state import State
 from hasten.recipe import Recipe, resolve, schema
 from hasten.recipe.names import RENAMED, SHORT
 from hasten.recipe.settings import without_none
@@ -25,6 +26,8 @@ BESIDE = ("corpus", "tokenizer", "code", "torch", "device")
 _LAST_BITS = ("threads", "micro_rows", "world_size")
 # Keys that say how something is chosen that is compared itself, and where the run lies.
 _CHOOSERS = ("out", "device", "threads", "batch.micro_rows")
+# Keys of a recipe that change the last bits of the losses and nothing else.
+_HOW = ("parallel", "activation_checkpointing")
 _FIXED = {
     "model": "the saved weights have their shape",
     "precision": "the saved weights are of that format",
@@ -224,6 +227,8 @@ def recipe_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
         if key in _CHOOSERS or old.get(key) == new.get(key):
             continue
         kind, why = ("told", "") if key in free else ("refused", "")
+        if key.partition(".")[0] in _HOW:
+            kind, why = "told", _SAME_ORDER
         if reason := fixed(key):
             kind, why = "fixed", f"it cannot change within a run: {reason}"
         changes.append(Change(key, old.get(key), new.get(key), kind, why))

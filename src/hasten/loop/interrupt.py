@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+# Signals that ask for a stop; not every system has all.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
 
 @dataclass
 class StopRequest:
@@ -18,15 +21,15 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Yield a `StopRequest` that SIGINT, SIGTERM and SIGHUP fill in; the handlers before are put back at the end.
+def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
+    """Yield `request`, which SIGINT, SIGTERM and SIGHUP fill in; the handlers before are put back at the end.
 
     The second signal meets the handlers of before, which end the process at once; a save is atomic, so that is safe.
     SIGHUP comes more than once when a terminal is closed, from the system and from the shell: it is one request, and
     none where it was ignored before, as by ``nohup``. Outside the main thread, where Python takes no handlers, nothing
     is installed.
     """
-    request = StopRequest()
+    request = request or StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

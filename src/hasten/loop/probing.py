@@ -28,6 +28,7 @@ def probe(state: State, *, passes: int = 2) -> float:
         batch = _of_length(batches[0], length).to(state.device)
         seconds[length] = min(_pass(state, batch, window) for _ in range(passes)) * len(batches)
     state.optimizer.zero_grad(set_to_none=True)
+    seconds = state.company.ranks.from_main(seconds)
     state.notes["costs"] = {str(length): cost for length, cost in seconds.items()}
     state.spend("probe", time.perf_counter() - began)
     return seconds[seq_len]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hasten import checkpoint
+from hasten.distributed import ALONE, Ranks
 from hasten.errors import CheckpointError, RecipeError, one_line, printable
 from hasten.loop.proving import named_groups, sample
 from hasten.loop.state import State
@@ -28,6 +29,7 @@ from hasten.proof.tally import empty
 
 _MOST = 1 << 53
 _DEEPEST = 40
+_SMALL = 1 << 14  # more than a random state has
 _LONGEST_TEXT = 100_000
 _Kind = tuple[str, Callable[[Any], bool]]
 
@@ -44,14 +46,16 @@ def load(path: Path) -> checkpoint.Loaded:
     return loaded
 
 
-def newest(root: Path) -> tuple[checkpoint.Loaded | None, list[str]]:
+def newest(root: Path, ranks: Ranks = ALONE) -> tuple[checkpoint.Loaded | None, list[str]]:
     """Return the newest checkpoint under `root` that verifies, as `load`, and a line for each that was passed over.
+
+    Several ranks get the same one, whose tensors stay in their files.
 
     Raises:
         CheckpointError: none can be trusted, or the newest that is whole is no run's: that is no damage, and starting
             from an older one is the user's decision.
     """
-    loaded, notes = checkpoint.newest(root)
+    loaded, notes = checkpoint.newest(root, ranks)
     if loaded is not None:
         checked(loaded.state, loaded.tensors)
     return loaded, notes
@@ -79,10 +83,19 @@ def fits(state: State, tensors: Mapping[str, Mapping[str, Tensor]], plain: Mappi
         RecipeError: the weights are of another model than the recipe describes.
     """
     checked(plain, tensors)
+    tensors = {group: {name: _seen(kept) for name, kept in named.items()} for group, named in tensors.items()}
     _fit_weights(state, tensors["model"])
     wrong = next(_misfits(state, tensors, plain), "")
     if wrong:
         raise CheckpointError(f"The checkpoint does not fit this run ({wrong}); use another checkpoint.")
+
+
+def _seen(tensor: Any) -> Tensor:
+    """Return a tensor of which shape and format can be looked at; one that is still in its file, if it is small."""
+    if isinstance(tensor, Tensor):
+        return tensor
+    is_small = tensor.shape.numel() <= _SMALL
+    return tensor.read() if is_small else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _fit_weights(state: State, saved: Mapping[str, Tensor]) -> None:

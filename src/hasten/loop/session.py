@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,36 +12,23 @@ import torch
 
 from hasten import checkpoint
 from hasten.checkpoint import Writer
-from hasten.checks import (
-    TRAINED_BYTES,
-    Facts,
-    Finding,
-    check,
-    check_horizon,
-    check_machine,
-    check_size,
-    free_bytes,
-    machine_bytes,
-    this_machine,
-)
-from hasten.data.preparation import prepare
-from hasten.data.reading import packing_reports
-from hasten.data.shards import PreparedData
+from hasten.checks import check_horizon
 from hasten.duration import Duration
 from hasten.errors import RecipeError, RunError, printable
 from hasten.loop.between import between_steps, newest_saved, save_last, validate
 from hasten.loop.branching import branch_recipe, read_parent, take_over
 from hasten.loop.changes import begin, write_agreed
+from hasten.loop.company import Company, all_or_none, company
 from hasten.loop.crashes import LONGEST_WAIT, hold_back, read_attempts, told_of_last
 from hasten.loop.finish import Result, finish, paused, stopped
 from hasten.loop.identity import Allowed, read_allow
 from hasten.loop.interrupt import stop_on_signals
 from hasten.loop.pausing import pause_point, pause_step
 from hasten.loop.proving import note_first_weights
+from hasten.loop.readiness import checked_state, facts, report
 from hasten.loop.recovery import goes_back_to_checkpoints
 from hasten.loop.saved import newest
-from hasten.loop.snapshots import snapshot_bytes
-from hasten.loop.state import State, packing_settings, pick_device, start
+from hasten.loop.state import State
 from hasten.loop.steps import advance
 from hasten.loop.telling import Event, Hook, Teller
 from hasten.loop.terms import (
@@ -54,7 +41,7 @@ from hasten.loop.terms import (
     tell_changes,
 )
 from hasten.loop.timetable import Timetable
-from hasten.model import Decoder, count_parameters, read_model
+from hasten.model import count_parameters
 from hasten.recipe import Recipe, resolve
 from hasten.record import Record, RunFolder, cut_back, environment, read_result
 
@@ -97,39 +84,69 @@ def train(
     """
     recipe, notes = _resolved(source, settings)
     pause = None if until is None else pause_point(until, recipe)
-    hooks, allowed = tuple(hooks), read_allow(allow)
-    tell = Teller(hooks)
-    for note in notes:
-        tell("note", message=note)
+    asked = _Asked(tuple(hooks), dry_run, pause, command, read_allow(allow), longest_wait)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    with company(recipe) as together:
+        if not together.ranks.is_main:  # one process speaks for all
+            asked = dataclasses.replace(asked, hooks=())
+        return _train(recipe, notes, asked, together)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What the caller of `train` asked for beside the recipe."""
+
+    hooks: tuple[Hook, ...]
+    dry_run: bool
+    pause: Duration | None
+    command: str | None
+    allowed: Allowed
+    longest_wait: float
+
+
+def _train(recipe: Recipe, notes: Iterable[str], asked: _Asked, together: Company) -> Result:
+    tell, ranks = Teller(asked.hooks), together.ranks
+    for note in notes:
+        tell("note", message=note)
     folder = RunFolder(Path(recipe.out or Path("runs") / recipe.default_run_name()))
-    folder.check_place()
     with ExitStack() as held:
-        # A folder is made only after everything was checked, so a wrong setting leaves nothing behind.
-        if folder.path.is_dir():
-            held.enter_context(folder.lock())
-        loaded, done, terms = _continue_from(recipe, folder, pause, allowed, tell)
-        if done is not None and not dry_run:
+        with all_or_none(ranks):
+            if ranks.is_main:
+                folder.check_place()
+                # A folder is made only after everything was checked, so a wrong setting leaves nothing behind.
+                if folder.path.is_dir():
+                    held.enter_context(folder.lock())
+        loaded, passed_over = newest(folder.checkpoints, ranks)
+        for note in passed_over:
+            tell("warning", message=note)
+        with all_or_none(ranks):
+            done, terms = _continue_from(recipe, folder, loaded, asked.pause, asked.allowed)
+        if done is not None and not asked.dry_run:
             return done
         parent = read_parent(recipe) if recipe.branch_from and loaded is None else None
-        state = _checked_state(recipe, folder, tell)
+        state = checked_state(recipe, folder, together, tell)
         if parent is not None:
             for message in take_over(state, parent):
                 tell("warning", message=message)
         if loaded is None:
             torch.manual_seed(state.seed)  # what is saved of a run depends on nothing that the process did before
         settled = begin(state, loaded, terms) if done is None else Settled()
-        if dry_run:
+        if asked.dry_run:
             return Result("dry", "", folder.path, {})
-        if not folder.path.is_dir():
-            held.enter_context(folder.lock())
+        with all_or_none(ranks):
+            if ranks.is_main and not folder.path.is_dir():
+                held.enter_context(folder.lock())
+        if not ranks.is_main:
+            ranks.share(None)  # the first process makes the folder ready, and writes into it for all
+            return _run(state, folder, None, (), None, asked.pause, {})
         attempts = read_attempts(folder)
-        loops = hold_back(state, folder, attempts, allowed, tell, longest_wait=longest_wait)
-        tell_changes(settled, loops, allowed, tell)
+        loops = hold_back(state, folder, attempts, asked.allowed, tell, longest_wait=asked.longest_wait)
+        tell_changes(settled, loops, asked.allowed, tell)
         before = {**told_of_last(attempts), **settled.to_json(loops)}
         with _open_record(state, folder, settled, len(attempts) + 1, tell) as record:
-            return _run(state, folder, record, hooks, command, pause, before)
+            ranks.share(None)
+            return _run(state, folder, record, asked.hooks, asked.command, asked.pause, before)
 
 
 def _resolved(source: Recipe | str | Path | None, settings: Mapping[str, Any]) -> tuple[Recipe, tuple[str, ...]]:
@@ -146,16 +163,13 @@ def _resolved(source: Recipe | str | Path | None, settings: Mapping[str, Any]) -
 
 
 def _continue_from(
-    recipe: Recipe, folder: RunFolder, pause: Duration | None, allowed: Allowed, tell: Teller
-) -> tuple[checkpoint.Loaded | None, Result | None, Terms]:
-    """Return the checkpoint to go on from, if any, the result if nothing is left to do, and what may have changed."""
-    loaded, notes = newest(folder.checkpoints)
-    for note in notes:
-        tell("warning", message=note)
+    recipe: Recipe, folder: RunFolder, loaded: checkpoint.Loaded | None, pause: Duration | None, allowed: Allowed
+) -> tuple[Result | None, Terms]:
+    """Return the result if nothing is left to do after the newest checkpoint, and what may have changed."""
     result, terms = _read_end(folder), read_terms(folder, loaded, allowed)
     if result is None:
         settle_early(terms, recipe)
-        return loaded, None, terms
+        return None, terms
     # A finished run whose checkpoints were cleaned away is finished all the same; one whose last checkpoint was
     # damaged goes on from the older one.
     is_done = result["status"] == "finished" and (loaded is None or loaded.state["status"] == "finished")
@@ -166,8 +180,8 @@ def _continue_from(
         refuse_changed_end(terms, recipe)
     if not is_done or changed_recipe(terms, recipe):
         settle_early(terms, recipe)
-        return loaded, None, terms
-    return loaded, Result(result["status"], result["reason"], folder.path, result, already_finished=True), terms
+        return None, terms
+    return Result(result["status"], result["reason"], folder.path, result, already_finished=True), terms
 
 
 def _read_end(folder: RunFolder) -> dict[str, Any] | None:
@@ -180,56 +194,6 @@ def _read_end(folder: RunFolder) -> dict[str, Any] | None:
     if is_odd:
         raise RunError(f"{printable(str(folder.result_path))} is damaged; delete it and give the same command again.")
     return result
-
-
-def _checked_state(recipe: Recipe, folder: RunFolder, tell: Teller) -> State:
-    """Prepare the data, build the state before the first step, and refuse or warn about what can be known now."""
-    _report(check_machine(recipe, this_machine(recipe)), tell)
-    data = prepare_for(recipe, on_progress=lambda progress: tell("prepare", progress=progress))
-    if not recipe.init_from:  # a model that does not fit must not be tried: the system would kill the process
-        params = count_parameters(recipe.model.build(data.vocab_size, recipe.lengths.seq_len))
-        _report(check_size(params, machine_bytes(pick_device(recipe.device))), tell)
-    state = start(recipe, data, model=_warm_start(recipe))
-    reports = packing_reports(data, **packing_settings(recipe))
-    state.notes["packing"] = [{**dataclasses.asdict(report), "utilisation": report.utilisation} for report in reports]
-    tell("prepared", data=data, state=state, packing=state.notes["packing"])
-    _report(check(recipe, _facts(state, folder)), tell)
-    return state
-
-
-def _report(findings: Iterable[Finding], tell: Teller) -> None:
-    for finding in findings:
-        if finding.level == "error":
-            raise RecipeError(finding.message)
-        tell("warning", message=finding.message)
-
-
-def _facts(state: State, folder: RunFolder, planned_steps: int | None = None) -> Facts:
-    total_steps = planned_steps or state.total_steps or None
-    plan = state.optimizer.plan(tokens_per_step=state.tokens_per_step)
-    packing = state.notes["packing"]
-    return Facts(
-        vocab_size=state.data.vocab_size,
-        train_tokens=state.data.train_size.num_tokens,
-        val_tokens=state.data.val.num_tokens,
-        params=count_parameters(state.config),
-        total_steps=total_steps,
-        source_epochs=state.source_epochs(total_steps) if total_steps else {},
-        free_bytes=free_bytes(folder.path),
-        state_bytes=plan.state_bytes,
-        optimizer_warnings=plan.warnings,
-        room=sum(report["room"] for report in packing),
-        targets=sum(report["targets"] for report in packing),
-        lost_tokens=sum(sum(report["lost"].values()) for report in packing),
-        width=state.config.width,
-        micro_rows=state.batch_sizes.micro_rows,
-        steps_per_epoch=state.steps_per_epoch,
-        needed_bytes=TRAINED_BYTES * count_parameters(state.config)
-        + plan.state_bytes
-        + snapshot_bytes(state, plan.state_bytes),
-        memory_bytes=machine_bytes(state.device),
-        window_saves=state.model.attention_choice(state.config.seq_len, windowed=True).backend != "dense",
-    )
 
 
 @contextmanager
@@ -247,7 +211,7 @@ def _open_record(state: State, folder: RunFolder, settled: Settled, attempt: int
 def _run(
     state: State,
     folder: RunFolder,
-    record: Record,
+    record: Record | None,
     hooks: tuple[Hook, ...],
     command: str | None,
     pause: Duration | None,
@@ -263,14 +227,15 @@ def _run(
                 record.cut_back(event.step)
             record.event(event.kind, step=event.step, **event.values)
 
-    hooks = (write, *hooks)
+    hooks = hooks if record is None else (write, *hooks)
     tell = Teller(hooks, state)
     note_first_weights(state)
     _tell_start(state, tell, command, before)
-    with Writer(folder.checkpoints, state.recipe.checkpoint.keep) as writer:
-        with stop_on_signals() as request:
+    together = state.company
+    with Writer(folder.checkpoints, state.recipe.checkpoint.keep, together.saving) as writer:
+        with stop_on_signals(together.request):
             if goes_back_to_checkpoints(state):
-                state.kept = lambda: newest_saved(writer, tell)
+                state.kept = lambda: newest_saved(writer, together.ranks, tell)
             if state.step == 0 and "branch" in state.notes:
                 tell("branch", **state.notes["branch"])
                 save_last(state, writer, tell)  # from here on the branch needs the other run no more
@@ -280,22 +245,23 @@ def _run(
                 timetable = Timetable(state, tell)
                 fitting = timetable.begin(state)
                 if fitting is not None:
-                    _report(check_horizon(state.recipe, _facts(state, folder, fitting)), tell)
+                    report(check_horizon(state.recipe, facts(state, folder, fitting)), tell)
+                state.forward = together.parallel.wrap(state.forward, state.precision.master)
 
                 def end() -> int:  # a wall-clock budget moves it
                     return state.total_steps if pause is None else pause_step(pause, state.total_steps)
 
-                while state.status == "running" and state.step < end() and not request.name:
+                while state.status == "running" and state.step < end() and not together.stop:
                     advance(
                         state,
                         end(),
                         hooks=hooks,
-                        pause=lambda state: bool(request.name) or timetable.is_due(state),
+                        pause=lambda state: bool(together.stop) or timetable.is_due(state),
                     )
                     if state.status == "running":
                         between_steps(state, writer, timetable, tell)
-                if request.name and state.status == "running" and state.step < state.total_steps:
-                    return stopped(state, folder, writer, tell, request.name)
+                if together.stop and state.status == "running" and state.step < state.total_steps:
+                    return stopped(state, folder, writer, tell, together.stop)
                 if pause is not None and state.status == "running" and state.step < state.total_steps:
                     return paused(state, folder, writer, tell, f"until={pause}")
         return finish(state, folder, writer, tell)
@@ -345,43 +311,3 @@ def _tell_start(state: State, tell: Teller, command: str | None, before: Mapping
         evaluation = validate(state, max_tokens=state.recipe.evaluate.tokens)
         state.notes["untrained"] = {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
         tell("untrained", val_loss=evaluation.loss, val_bpb=evaluation.bits_per_byte, tokens=evaluation.tokens)
-
-
-def prepare_for(recipe: Recipe, *, on_progress: Callable[[Any], None] | None = None) -> PreparedData:
-    """Return the prepared data that `recipe` asks for, from the cache where it is there already.
-
-    A run that starts from another one (``init_from``) reads text with that one's tokenizer.
-    """
-    tokenizer = recipe.data.tokenizer
-    if recipe.init_from:
-        if tokenizer != type(recipe.data)().tokenizer:
-            raise RecipeError(
-                f"init_from={printable(recipe.init_from)} brings its own tokenizer; leave data.tokenizer out."
-            )
-        tokenizer = str(_final_folder(recipe.init_from))
-    return prepare(
-        recipe.data.build(),
-        tokenizer=tokenizer,
-        vocab_size=recipe.data.vocab_size,
-        on_progress=on_progress,
-    )
-
-
-def _warm_start(recipe: Recipe) -> Decoder | None:
-    """Return the model that ``init_from`` names, for the recipe's row length; None where it names none."""
-    if not recipe.init_from:
-        return None
-    saved = read_model(_final_folder(recipe.init_from))
-    model = Decoder(dataclasses.replace(saved.config, seq_len=recipe.lengths.seq_len), seed=recipe.seed)
-    model.load_state_dict(saved.state_dict())
-    return model
-
-
-def _final_folder(run: str) -> Path:
-    """Return the model folder that `run` names: a run folder's ``final``, or a model folder itself."""
-    for folder in (Path(run) / "final", Path(run)):
-        if (folder / "config.json").is_file():
-            return folder
-    raise RecipeError(
-        f"init_from={printable(run)} holds no trained model; give a finished run folder or a model folder."
-    )

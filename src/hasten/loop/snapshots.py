@@ -16,30 +16,31 @@ from hasten.errors import CheckpointError, RecipeError, printable
 from hasten.loop.identity import identity
 from hasten.loop.state import Clock, Jump, State, build_schedule, nothing_kept, weights_to_evaluate
 from hasten.schedules import Progress
+from hasten.sharding import local
 
 STATE_FORMAT = 3
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state at a step, in memory of its own: what a checkpoint of it would hold."""
+    """A state at a step, in memory of its own: what a checkpoint of it would hold.
+
+    `tensors` are what this process holds of them, as `Parallel.hold` gives it.
+    """
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, dict[str, Any]]
     plain: dict[str, Any]
 
 
 def snapshot(state: State) -> Snapshot | None:
     """Return a copy of `state` on the CPU, which training goes on without changing; None if it is not all finite."""
     tensors, plain = capture(state)
-    if not _is_finite(tensors):
+    if state.company.ranks.sums([0.0 if _is_finite(tensors) else 1.0])[0]:
         return None
     if keeps_in_memory(state):
         state.kept = nothing_kept  # its memory is free before the new one is copied
-    held = {
-        group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
-        for group, named in tensors.items()
-    }
+    held = {group: state.company.parallel.hold(named) for group, named in tensors.items()}
     return Snapshot(state.step, held, copy.deepcopy(plain))
 
 
@@ -70,7 +71,8 @@ def snapshot_bytes(state: State, state_bytes: int) -> int:
 
 def _is_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> bool:
     """Say whether every number of the state is finite; a sum tells of most without a mask of the tensor's size."""
-    floating = [t for named in tensors.values() for t in named.values() if t.is_floating_point() and t.numel()]
+    held = [local(t) for named in tensors.values() for t in named.values()]
+    floating = [t for t in held if t.is_floating_point() and t.numel()]
     return all(bool(t.sum().isfinite()) or bool(t.isfinite().all()) for t in floating)
 
 
@@ -111,8 +113,15 @@ def capture(state: State) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
     return tensors, plain
 
 
-def restore(state: State, tensors: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Any]) -> None:
-    """Put a freshly started `state` where the checkpoint was, bit for bit."""
+def restore(state: State, tensors: Mapping[str, Mapping[str, Any]], plain: Mapping[str, Any]) -> None:
+    """Put a freshly started `state` where the checkpoint was, bit for bit.
+
+    Args:
+        state: as `start` built it.
+        tensors: of a checkpoint that was read or of a `Snapshot`: what `Parallel.place` takes.
+        plain: its plain data.
+    """
+    place = state.company.parallel.place
     plain = _current(state, plain)
     _refuse_other_data(state, plain)
     masters = state.precision.named_masters()
@@ -124,16 +133,17 @@ def restore(state: State, tensors: Mapping[str, Mapping[str, Tensor]], plain: Ma
         )
     with torch.no_grad():
         for name, master in masters.items():
-            master.copy_(saved[name])
+            local(master).copy_(local(place(saved[name], master)))
     state.precision.sync()
-    state.optimizer.load_state_dict(checkpoint.unpack(tensors["optimizer"], plain["optimizer"]))
+    placed = _placed(state, tensors["optimizer"])
+    state.optimizer.load_state_dict(checkpoint.unpack(placed, plain["optimizer"]))
     state.precision.load_state_dict(plain["precision"])
     state.guard.load_state_dict(plain["guard"])
     state.clip.load_state_dict(plain["clip"])
     state.jumps = [_jump(jump) for jump in plain["jumps"]]
     if "micro_rows" in plain["notes"]:
         state.batches.micro_rows = plain["notes"]["micro_rows"]
-    torch.set_rng_state(tensors["random"]["torch"])
+    torch.set_rng_state(place(tensors["random"]["torch"], torch.get_rng_state()))
     for name in ("step", "tokens", "status", "reason"):
         setattr(state, name, plain[name])
     state.position = tuple(plain["position"])
@@ -144,7 +154,29 @@ def restore(state: State, tensors: Mapping[str, Mapping[str, Tensor]], plain: Ma
         state.progress = Progress.from_json(plain["progress"])
         build_schedule(state, plain["schedule_steps"])
     # The run that was never interrupted holds what it saved last too, so both go back to the same state.
-    hold(state, Snapshot(plain["step"], dict(tensors), dict(plain)))
+    is_alone = state.company.ranks.size == 1
+    hold(state, Snapshot(plain["step"], dict(tensors), dict(plain)) if is_alone else snapshot(state))
+
+
+def _placed(state: State, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what this process is to hold of the optimizer's tensors; `checkpoint.pack` named them by their place."""
+    place = state.company.parallel.place
+    if not state.company.parallel.is_sharded:
+        return {name: place(tensor, tensor) for name, tensor in saved.items()}
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    alone = torch.empty(())
+    like: dict[str, dict[str, Tensor]] = {}
+    placed: dict[str, Tensor] = {}
+    for name, tensor in sorted(saved.items()):
+        kind, _, rest = name.partition(".")
+        number, _, entry = rest.partition(".")
+        if kind != "state" or not number.isdigit() or int(number) >= len(parameters):
+            placed[name] = place(tensor, alone)
+            continue
+        if number not in like:  # those of one parameter follow one another
+            like = {number: state.optimizer.state_like(parameters[int(number)])}
+        placed[name] = place(tensor, like[number].get(entry, alone))
+    return placed
 
 
 def _current(state: State, plain: Mapping[str, Any]) -> Mapping[str, Any]:

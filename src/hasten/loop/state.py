@@ -13,16 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from hasten.clip import Clip
-from hasten.data.batches import Batch, Batches, Buffers
+from hasten.data.batches import Batch, Batches, Buffers, blank
 from hasten.data.lengths import BatchSizes, LengthSchedule, WindowSchedule
 from hasten.data.reading import read
 from hasten.data.shards import PreparedData
 from hasten.errors import RecipeError
 from hasten.guard import Guard
+from hasten.loop.company import Company, pick_device
 from hasten.model import Decoder, ModelConfig
+from hasten.model.recompute import RECOMPUTING
 from hasten.optim import RuledOptimizer
 from hasten.optim import optimizer as build_optimizer
-from hasten.precision import Precision
+from hasten.precision import PRECISIONS, Precision
 from hasten.recipe import Recipe
 from hasten.schedules import Progress, Schedule
 
@@ -39,6 +41,8 @@ class Clock:
 
     before: float = 0.0
     began: float | None = None
+    # What all processes of a run take it to be, once they agreed; it then stands still until they agree again.
+    agreed: float | None = None
 
     def start(self) -> None:
         """Let the clock run; a second start changes nothing."""
@@ -47,6 +51,11 @@ class Clock:
     @property
     def seconds(self) -> float:
         """Seconds so far."""
+        return self.own_seconds if self.agreed is None else self.agreed
+
+    @property
+    def own_seconds(self) -> float:
+        """Seconds so far by this process's own clock."""
         return self.before + (0.0 if self.began is None else time.perf_counter() - self.began)
 
 
@@ -88,7 +97,7 @@ class State:
     schedules that live on it: `schedules` of the optimizer's settings, `lengths` of rows, `window` of attention.
     `clock` is what a wall-clock budget is held against, `phases` says what its seconds went into, and `work` how many
     steps of full size this attempt has done the like of. `jumps` are the stretches of the data that are damaged and
-    left out; `kept` returns the state to go back to.
+    left out; `kept` returns the state to go back to. `company` are the processes that train together.
     """
 
     recipe: Recipe
@@ -121,6 +130,7 @@ class State:
     notes: dict[str, Any] = field(default_factory=dict)
     jumps: list[Jump] = field(default_factory=list)
     kept: Callable[[], Any] = nothing_kept
+    company: Company = field(default_factory=Company)
 
     @property
     def total_steps(self) -> int:
@@ -177,18 +187,14 @@ class State:
         is paid for in page faults.
         """
         batches, position = self.batches.take(self.position, rows=shape.rows, length=shape.length, into=self.buffers)
+        # Every process does as many passes as the one with the most rows: each of them is a meeting.
+        most = -(-shape.rows // self.batches.world_size)
+        batches += [blank(batches[0])] * (-(-most // self.batches.micro_rows) - len(batches))
         return [batch.to(self.device) for batch in batches], position
 
     def spend(self, phase: str, seconds: float) -> None:
         """Book `seconds` of the run's clock under `phase`."""
         self.phases[phase] = self.phases.get(phase, 0.0) + seconds
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device that a recipe's ``device`` names; ``auto`` is CUDA where there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def auto_micro_rows(rows_per_step: int, seq_len: int, vocab_size: int, device: torch.device, smallest: int = 0) -> int:
@@ -211,6 +217,7 @@ def start(
     seed: int | None = None,
     horizon: int | None = None,
     model: Decoder | None = None,
+    company: Company | None = None,
 ) -> State:
     """Build the state of a run before its first step.
 
@@ -222,12 +229,14 @@ def start(
             later without any schedule noticing. Taken from ``recipe.budget`` when that counts steps, tokens or
             epochs; a wall-clock budget has none until it is planned.
         model: start from these weights instead of fresh ones (fine-tuning).
+        company: the processes that train together; None: this one alone.
 
     Raises:
-        RecipeError: the batch does not hold one row.
+        RecipeError: the batch does not hold one row for every process.
     """
     seed = recipe.seed if seed is None else seed
-    device = pick_device(recipe.device)
+    company = company or Company()
+    ranks, device = company.ranks, pick_device(recipe.device)
     seq_len = recipe.lengths.seq_len
     if model is None:
         model = Decoder(recipe.model.build(data.vocab_size, seq_len), seed=seed)
@@ -240,11 +249,31 @@ def start(
         )
     batch_sizes = recipe.batch.build(rows=rows_per_step, micro_rows=1)
     smallest = min(batch_sizes(point / 1000) for point in range(1001))
+    if smallest < ranks.size:
+        raise RecipeError(
+            f"A step of {smallest} rows (batch.tokens={recipe.batch.tokens}, lengths.seq_len={seq_len}) leaves some of "
+            f"the {ranks.size} processes without any: give at least {ranks.size * seq_len} tokens, or fewer processes."
+        )
     micro_rows = recipe.batch.micro_rows or auto_micro_rows(rows_per_step, seq_len, data.vocab_size, device, smallest)
-    batch_sizes = dataclasses.replace(batch_sizes, micro_rows=micro_rows)
-    precision = Precision(model, recipe.precision.name)
+    batch_sizes = dataclasses.replace(batch_sizes, micro_rows=micro_rows)  # what steps grow by is the same everywhere
+    if ranks.size > 1 and recipe.batch.micro_rows is None:
+        own = [rows // ranks.size for rows in (rows_per_step, smallest)]
+        micro_rows = auto_micro_rows(own[0], seq_len, data.vocab_size, device, own[1])
+    model.run_block = RECOMPUTING[recipe.activation_checkpointing]
+    dtype = PRECISIONS[recipe.precision.name]
+    company.parallel.shard(model, model.model.layers, dtype)
+    precision = Precision(model, recipe.precision.name, is_sharded=company.parallel.is_sharded)
+    if company.parallel.is_sharded:
+        model.compute_dtype = dtype
     source = read(data, seed=seed, weights=recipe.data.weights, **packing_settings(recipe))
-    batches = Batches(source, seq_len=seq_len, micro_rows=micro_rows, document_mask=recipe.data.document_mask)
+    batches = Batches(
+        source,
+        seq_len=seq_len,
+        micro_rows=micro_rows,
+        document_mask=recipe.data.document_mask,
+        rank=ranks.rank,
+        world_size=ranks.size,
+    )
     tokens_per_step = round(batch_sizes.mean_rows * seq_len)
     steps_per_epoch = source.num_rows / batch_sizes.mean_rows
     steps = horizon if horizon is not None else budget_steps(recipe, tokens_per_step, steps_per_epoch)
@@ -271,6 +300,7 @@ def start(
         guard=recipe.guard.build(),
         device=device,
         seed=seed,
+        company=company,
     )
     if steps is not None:
         set_horizon(state, steps)
@@ -285,6 +315,7 @@ def packing_settings(recipe: Recipe) -> dict[str, Any]:
         "overflow": recipe.data.overflow,
         "mode": recipe.lengths.reading,
         "lengths": recipe.lengths.row_lengths,
+        "shuffle_tokens": recipe.data.shuffle_tokens,
     }
 
 

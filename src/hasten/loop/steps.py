@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -113,8 +113,7 @@ def train_step(state: State, tell: Teller | None = None) -> StepReport:
 def _step(state: State, tell: Teller) -> StepReport:
     began = time.perf_counter()
     shape = state.shape()
-    begin, batches, position = _take(state, shape, tell)
-    num_targets = sum(batch.num_targets for batch in batches)
+    begin, batches, position, num_targets = _take(state, shape, tell)
     gathered = time.perf_counter()
 
     apply(state.optimizer, state.schedules, shape.progress)
@@ -175,8 +174,10 @@ def _step(state: State, tell: Teller) -> StepReport:
     )
 
 
-def _take(state: State, shape: Shape, tell: Teller) -> tuple[tuple[int, ...], list[Batch], tuple[int, ...]]:
-    """Return where the next step begins that is not left out, its micro-batches, and where it ends.
+def _take(state: State, shape: Shape, tell: Teller) -> tuple[tuple[int, ...], list[Batch], tuple[int, ...], int]:
+    """Return where the next step begins that is not left out, its micro-batches, where it ends, and its targets.
+
+    The micro-batches are those of this process, the targets those of all.
 
     Raises:
         DamagedData: the recipe says to stop, or a whole epoch is damaged.
@@ -184,31 +185,57 @@ def _take(state: State, shape: Shape, tell: Teller) -> tuple[tuple[int, ...], li
     for _ in range(math.ceil(state.steps_per_epoch)):
         jump(state)
         try:
-            return state.position, *state.take(shape)
+            return _taken(state, shape)
         except DamagedData as damage:
             if state.recipe.data.on_damage == "stop":
                 raise
             leave_out_damaged(state, shape, tell, damage)
-    return state.position, *state.take(shape)
+    return _taken(state, shape)
+
+
+def _taken(state: State, shape: Shape) -> tuple[tuple[int, ...], list[Batch], tuple[int, ...], int]:
+    """Return what `_take` returns of the step at the present place, once all processes have come to it."""
+    batches: list[Batch] = []
+    position, damage = state.position, None
+    try:
+        batches, position = state.take(shape)
+    except DamagedData as found:
+        damage = found
+    own = sum(batch.num_targets for batch in batches)
+    targets = state.company.agree(state.clock, own, damage, state.step)
+    return state.position, batches, position, targets
 
 
 def _backward(state: State, batches: list[Batch], shape: Shape, num_targets: int) -> Tensor:
-    """Do the forward and backward passes of a step and return its mean loss, still on the device.
+    """Do the forward and backward passes of a step and return its mean loss over all processes, still on the device.
 
     Raises:
         NoMemory: there is too little.
     """
     loss = torch.zeros((), device=state.device)
     try:
-        for batch in batches:
+        for batch, is_last in _passing(state, batches):
             share = batch_loss(state, batch, shape) / num_targets
-            state.precision.backward(share)
+            _add_gradients(state, share, is_last)
             loss = loss + share.detach()
     except (MemoryError, RuntimeError) as error:
         if not _is_shortage(error):
             raise
         raise NoMemory(str(error).splitlines()[0]) from None
-    return loss
+    return state.company.parallel.total(loss)
+
+
+def _passing(state: State, batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Yield the micro-batches of a step and whether it is the last, each inside what its passes go on in."""
+    for number, batch in enumerate(batches, start=1):
+        is_last = number == len(batches)
+        with state.company.parallel.passing(state.forward, is_last):
+            yield batch, is_last
+
+
+def _add_gradients(state: State, share: Tensor, is_last: bool) -> None:
+    parallel = state.company.parallel
+    state.precision.backward(share * parallel.loss_factor, is_collected=parallel.has_collected(is_last))
 
 
 def _is_shortage(error: BaseException) -> bool:
@@ -224,11 +251,12 @@ def _halve(state: State, tell: Teller, shortage: str) -> None:
     if state.device.type == "cuda":
         torch.cuda.empty_cache()
     rows = state.batches.micro_rows
-    if rows == 1:
+    if rows == 1 or state.company.ranks.size > 1:  # the others have not met it, and go on
+        smaller = "" if rows == 1 else f"batch.micro_rows={rows // 2}, "
         raise RunError(
-            f"There is no memory for step {state.step + 1}, though its micro-batches have one row of "
-            f"{state.recipe.lengths.seq_len} tokens ({printable(shortage)[:200]}): give shorter rows, a smaller model "
-            "or optimizer.state_format=8bit; the newest checkpoint is whole."
+            f"There is no memory for step {state.step + 1}, whose micro-batches have {rows} rows of "
+            f"{state.recipe.lengths.seq_len} tokens ({printable(shortage)[:200]}): give {smaller}shorter rows, a "
+            "smaller model or optimizer.state_format=8bit; the newest checkpoint is whole."
         )
     state.batches.micro_rows = state.notes["micro_rows"] = rows // 2
     tell(
@@ -268,17 +296,24 @@ def _estimate_is_due(state: State) -> bool:
 def _estimate(state: State, batches: list[Batch], shape: Shape, num_targets: int) -> None:
     """Give the optimizer gradients of a loss over labels that the model draws itself, in place of the text's.
 
-    What is drawn depends on the seed and the step alone, so a resumed run draws the same.
+    What is drawn for a row depends on the seed, the step and the row's place in the step alone: a resumed run draws the
+    same, and so do several processes.
     """
-    generator = torch.Generator(device=state.device).manual_seed(state.seed * 1_000_003 + state.step)
-    for batch in batches:
+    generator = torch.Generator(device=state.device)
+    seq_len = state.recipe.lengths.seq_len
+    row = state.batches.share(shape.rows)[0] * (seq_len // batches[0].tokens_BT.shape[1])
+    for batch, is_last in _passing(state, batches):
         with torch.no_grad():
             logits_BTV = state.model(batch.tokens_BT, batch.document_ids_BT, window=shape.window)
-            chances_NV = torch.softmax(logits_BTV.float(), -1).flatten(0, 1)
-            drawn_BT = torch.multinomial(chances_NV, 1, generator=generator).view_as(batch.labels_BT)
-        labels_BT = torch.where(batch.labels_BT == NO_TARGET, batch.labels_BT, drawn_BT.to(batch.labels_BT.dtype))
+            drawn_BT = torch.empty_like(batch.labels_BT)
+            for logits_TV, drawn_T in zip(logits_BTV, drawn_BT, strict=True):
+                generator.manual_seed((state.seed * 1_000_003 + state.step) * 1_000_003 + row)
+                chances_TV = torch.softmax(logits_TV.float(), -1)
+                drawn_T.copy_(torch.multinomial(chances_TV, 1, generator=generator)[:, 0])
+                row += 1
+        labels_BT = torch.where(batch.labels_BT == NO_TARGET, batch.labels_BT, drawn_BT)
         drawn = dataclasses.replace(batch, labels_BT=labels_BT)
-        state.precision.backward(batch_loss(state, drawn, shape) / num_targets)
+        _add_gradients(state, batch_loss(state, drawn, shape) / num_targets, is_last)
     state.precision.estimate(state.optimizer)
 
 

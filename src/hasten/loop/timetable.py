@@ -43,6 +43,7 @@ class Timetable:
         Both rest on a short probe: forward and backward passes that change nothing.
         """
         state.clock.start()
+        state.company.tick(state.clock)
         fitting = None
         if self._budget is not None and state.progress is None:
             seconds_per_step = probe(state)
@@ -54,6 +55,7 @@ class Timetable:
                 work_per_step = work_per_step or work_ahead(state)
                 left = self._seconds_left(state, progress=0.0)
                 fitting = steps_that_fit(0, left, seconds_per_step * work_per_step)
+                fitting = state.company.ranks.from_main(fitting)
                 set_horizon(state, max(fitting, FEWEST_PLANNED))
             self._tell("plan", total_steps=state.total_steps, knots=state.progress.to_json())
         else:
@@ -108,7 +110,7 @@ class Timetable:
             return
         seconds_per_step = seconds_per_work * work_ahead(state)
         left = self._seconds_left(state, progress=state.progress(state.step))
-        fitting = steps_that_fit(state.step, left, seconds_per_step)
+        fitting = state.company.ranks.from_main(steps_that_fit(state.step, left, seconds_per_step))
         if not worth_planning_again(state.step, state.total_steps, fitting):
             return
         before = state.total_steps

@@ -14,6 +14,7 @@ from hasten.clip import ClipReport
 from hasten.data.batches import Batch
 from hasten.loop.state import Shape, State
 from hasten.optim.elementwise import decay_rate
+from hasten.sharding import pick
 
 # Besides the first steps and the powers of two, every so many steps are looked at: what that costs (one more norm of
 # the gradient, above all) is then less than a thousandth of training.
@@ -101,7 +102,7 @@ def sample(group: dict[str, Any], of: Callable[[Tensor], Tensor] = Tensor.detach
         of: what is sampled of a parameter: a tensor of its shape.
     """
     each = max(1, SAMPLED // len(group["params"]))
-    return torch.cat([of(p).reshape(-1)[_places(p, each)].float() for p in group["params"]])
+    return torch.cat([pick(of(p), _places(p, each)).float() for p in group["params"]])
 
 
 def sample_weights(group: dict[str, Any]) -> Tensor:

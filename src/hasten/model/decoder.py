@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hasten.model.attention import Causal, Choice, Mask, Pairs, choose, mask_for, work_on
 from hasten.model.loss import summed_loss
+from hasten.model.recompute import Run, keep_all
 from hasten.model.shape import ModelConfig
 
 
@@ -46,6 +47,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention
+        self.run_block: Run = keep_all
+        self.compute_dtype: torch.dtype | None = None  # of the forward pass, where the weights are kept in another
         with torch.device("meta"):  # the constructors of nn.Linear and nn.Embedding would draw global random numbers
             self.model = Trunk(config)
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -92,8 +95,9 @@ class Decoder(nn.Module):
         elif mask is None:
             mask = self.mask(tokens_BT, document_ids_BT, window)
         x_BTC = self.model.embed_tokens(tokens_BT)
+        run_block = self.run_block if torch.is_grad_enabled() else keep_all
         for number, block in enumerate(self.model.layers):
-            x_BTC = block(x_BTC, rotary, mask, None if cache is None else cache.layer(number, stop))
+            x_BTC = run_block(block, x_BTC, rotary, mask, None if cache is None else cache.layer(number, stop))
         if cache is not None:
             cache.length = stop
         x_BTC = self.model.norm(x_BTC)
@@ -109,7 +113,8 @@ class Decoder(nn.Module):
         if document_ids_BT is None and window is None:
             return Causal()
         rows, length = tokens_BT.shape
-        shape = {"rows": rows, "length": length, "device": tokens_BT.device, "dtype": self.lm_head.weight.dtype}
+        dtype = self.compute_dtype or self.lm_head.weight.dtype
+        shape = {"rows": rows, "length": length, "device": tokens_BT.device, "dtype": dtype}
         backend = self.attention_choice(length, windowed=window is not None).backend
         return mask_for(backend, document_ids_BT, window, **shape)
 
@@ -120,7 +125,8 @@ class Decoder(nn.Module):
             RecipeError: `attention` names a back end that does not exist or cannot train here.
         """
         matrix = self.lm_head.weight
-        work = work_on(matrix.device, matrix.dtype, self.config.head_dim, length, windowed=windowed)
+        dtype = self.compute_dtype or matrix.dtype
+        work = work_on(matrix.device, dtype, self.config.head_dim, length, windowed=windowed)
         return choose(work, self.attention)
 
     def new_cache(self, *, rows: int = 1, capacity: int | None = None) -> Cache:

@@ -13,8 +13,8 @@ from hasten.optim.elementwise import apply, decay_rate, remainder
 from hasten.optim.kernels import Kernel
 from hasten.optim.matrices import sharded_dim
 from hasten.optim.rule import Group, Rule, Work, check_number
-from hasten.optim.sharding import add_up, add_up_each, local, local_parts
 from hasten.optim.shell import Params, RuledOptimizer
+from hasten.sharding import add_up, add_up_each, local, local_parts
 
 # Elements that squares are taken of at a time.
 PART = 1 << 18

@@ -13,8 +13,8 @@ from hasten.optim import native
 from hasten.optim.elementwise import apply_each, decay_rate, stored, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
-from hasten.optim.sharding import local
 from hasten.optim.shell import Params, RuledOptimizer
+from hasten.sharding import local
 
 
 def adam_step(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hasten.optim.kernels import Kernel, Rounding, Stored
 from hasten.optim.rule import Group, Work
-from hasten.optim.sharding import local, local_parts
 from hasten.optim.storage import Packed, can_pack, empty_packed, mix_number
+from hasten.sharding import local, local_parts
 
 SCALE = "_scale"  # ``exp_avg`` in 8 bits has its scales beside it, as ``exp_avg_scale``.
 LOW = "low"  # What rounding to bfloat16 cut off the weight, with ``rounding="kahan"``.

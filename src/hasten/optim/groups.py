@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from hasten.errors import RecipeError, nearest
 from hasten.optim.kinds import COLUMNS, KINDS, ROWS, Kind, kinds_of
 from hasten.optim.rule import Group
-from hasten.optim.sharding import local
+from hasten.sharding import local
 
 # Rules that act on whole matrices, and the kinds that they are for: elsewhere they lose to an element-wise rule.
 MATRIX_RULES = frozenset({"muon", "normuon", "soap", "soap_muon", "mars"})

@@ -12,8 +12,8 @@ from torch import Tensor
 from hasten.optim.elementwise import apply, decay_rate, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
-from hasten.optim.sharding import add_up
 from hasten.optim.shell import Params, RuledOptimizer
+from hasten.sharding import add_up
 
 
 def corrected_squares(g: Tensor, last_grad: Tensor, *, change: float) -> Mapping[str, Tensor]:

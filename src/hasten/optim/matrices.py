@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.errors import RecipeError
 from hasten.optim.exchange import held_rows
 from hasten.optim.rule import Group, Work
-from hasten.optim.sharding import local
+from hasten.sharding import local
 
 # What every rule for matrices reads from its group: sizes of fused matrices along a dimension (None: the rows), and
 # "flatten" to take three dimensions as one matrix rather than as a stack.

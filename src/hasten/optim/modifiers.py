@@ -11,8 +11,8 @@ from hasten.errors import RecipeError
 from hasten.optim.elementwise import LOW, decay_rate, remainders
 from hasten.optim.kernels import Kernel, Rounding
 from hasten.optim.rule import Group, Rule, Work, check_number
-from hasten.optim.sharding import add_up, local
 from hasten.optim.storage import mix_number
+from hasten.sharding import add_up, local
 
 MODIFIERS: dict[str, Any] = {
     "cautious": False,

@@ -17,8 +17,8 @@ from hasten.optim.matrices import SETTINGS as MATRIX_SETTINGS
 from hasten.optim.matrices import Part, Piece, apply_all, matrix_shape, parts, pieces_of, step_scale
 from hasten.optim.orthogonal import BATCH_ELEMENTS, DTYPES, fastest_dtype, orthogonalize_all_, tuples
 from hasten.optim.rule import Group, Rule, Work, check_number
-from hasten.optim.sharding import local
 from hasten.optim.shell import Params, RuledOptimizer
+from hasten.sharding import local
 
 ADJUSTMENTS = ("match_rms_adamw", "original", "rms_to_rms")
 SETTINGS: dict[str, Any] = {

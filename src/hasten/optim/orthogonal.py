@@ -24,7 +24,7 @@ POLAR_EXPRESS: Coefficients = (
 )
 POLAR_EXPRESS_TAIL = (1.875, -1.25, 0.375)
 METHODS = ("minimax", "polar_express", "quintic")
-DTYPES = {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
 
 # A batch of equal shapes on a GPU takes at most this many elements at a time, so that temporaries stay small.
 BATCH_ELEMENTS = 1 << 27

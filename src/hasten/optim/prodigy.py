@@ -13,8 +13,8 @@ from hasten.errors import RecipeError
 from hasten.optim.elementwise import apply, wide_zeros, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
-from hasten.optim.sharding import add_up
 from hasten.optim.shell import Params, RuledOptimizer
+from hasten.sharding import add_up
 
 
 def measure_step(

@@ -13,8 +13,8 @@ from hasten.errors import RecipeError
 from hasten.optim.elementwise import LOW, apply_each, decay_rate, wide_zeros, zeros
 from hasten.optim.kernels import Kernel
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
-from hasten.optim.sharding import local
 from hasten.optim.shell import Params, RuledOptimizer
+from hasten.sharding import local
 
 
 def schedule_free_step(

@@ -15,7 +15,7 @@ from hasten.optim.plan import Plan
 from hasten.optim.plan import plan as make_plan
 from hasten.optim.rule import Group, Rule, Work
 from hasten.optim.settings import COMMON, NOTES, check_settings
-from hasten.optim.sharding import local
+from hasten.sharding import local
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 
@@ -241,6 +241,11 @@ class RuledOptimizer(torch.optim.Optimizer):
         if group["ema"] > 0:
             state["ema"] = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
         return state
+
+    def state_like(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return tensors of the shapes, formats and placements that the state of a parameter has."""
+        group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+        return {"ema": parameter, "trained": parameter, **_rule(group["rule"]).init(parameter, group)}
 
     # --- what an optimizer may ask of the loop ----------------------------------------------------------------------
 

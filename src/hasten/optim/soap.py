@@ -17,8 +17,8 @@ from hasten.optim.exchange import balanced, held_rows
 from hasten.optim.matrices import SETTINGS as MATRIX_SETTINGS
 from hasten.optim.matrices import apply, matrix_shape, parts, sharded_dim
 from hasten.optim.rule import Group, Rule, Work, check_betas, check_number
-from hasten.optim.sharding import local
 from hasten.optim.shell import Params, RuledOptimizer
+from hasten.sharding import local
 
 Finish = Callable[[Tensor, Group], None]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import RecipeError
-from hasten.optim.sharding import local
+from hasten.sharding import local
 
 # Elements of a row that share one scale; `hasten.optim.native` has the same number.
 QUANTUM = 256

@@ -27,6 +27,7 @@ class DataChoices(Choices):
 
     Args:
         train: sources of the training text: a built-in corpus, a file, a folder, a glob or ``-``; or a list of them.
+            Or prepared data alone: the folder that ``hasten prepare`` made, or its URL (``s3://bucket/folder``).
         weights: shares of the tokens to read from each source of `train`, as many as there are, above 0; only their
             ratios matter. Sources that are too small for their share are read several times. Without weights the
             sources are one corpus.
@@ -40,6 +41,9 @@ class DataChoices(Choices):
             every `seq_len` tokens; ``pad`` gives each piece a row of its own.
         overflow: what becomes of a document longer than a row: ``split`` keeps all of it in several rows, ``truncate``
             its beginning, ``drop`` nothing.
+        shuffle_tokens: about how many tokens are mixed at a time, at least 4,194,304; without it half a billion of packed
+            rows and all of ``chunk``. Fewer let text on object storage be read once in an epoch through a cache of two
+            and a half times as many.
         document_mask: whether a token sees only its own document.
         on_damage: what a run does when stored tokens that a step reads are found damaged: ``stop``, or ``skip`` the
             step and go on with the next; which steps were skipped is recorded, so going on stays exact.
@@ -55,6 +59,7 @@ class DataChoices(Choices):
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 4096
     packing: Literal["best_fit", "chunk", "pad"] = "best_fit"
     overflow: Literal["split", "truncate", "drop"] = "split"
+    shuffle_tokens: Annotated[int, Field(ge=2**22, le=2**48)] | None = None
     document_mask: bool = True
     on_damage: Literal["stop", "skip"] = "stop"
 

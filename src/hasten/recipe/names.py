@@ -53,7 +53,7 @@ SHORT = {
     "seq_len": "lengths.seq_len",
     "batch_tokens": "batch.tokens",
     # A bare name chooses a table's variant.
-    **{t: f"{t}.name" for t in ("model", "lengths", "optimizer", "schedule", "clip", "guard", "precision")},
+    **{t: f"{t}.name" for t in ("model", "lengths", "optimizer", "schedule", "clip", "guard", "precision", "parallel")},
 }
 
 _SAME_VALUE = {

@@ -300,7 +300,7 @@ class MuonChoices(OptimizerChoices):
     adjust_lr: Literal["match_rms_adamw", "original", "rms_to_rms"] = "match_rms_adamw"
     orthogonalization: Literal["minimax", "polar_express", "quintic"] = "minimax"
     ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
-    compute_dtype: Literal["auto", "float32", "bf16"] = "auto"
+    compute_dtype: Literal["auto", "float32", "bf16", "float64"] = "auto"
     betas: Betas = (0.9, 0.95)
     eps: Small = 1e-8
 

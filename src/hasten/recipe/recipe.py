@@ -32,6 +32,7 @@ from hasten.recipe.guards import Guards, SpikesChoices
 from hasten.recipe.lengths import BatchChoices, ConstantLengths, Lengths
 from hasten.recipe.names import Given
 from hasten.recipe.optimizers import AdamWChoices, Optimizers
+from hasten.recipe.parallels import DDPChoices, Parallels
 from hasten.recipe.schedules import CosineChoices, Schedules
 from hasten.recipe.schema import Expected, Schema
 from hasten.recipe.settings import combine, read_mapping, read_overrides, read_toml, sentence, without_none
@@ -43,8 +44,10 @@ class Recipe(Choices):
     """Every choice of a run.
 
     Args:
-        data, model, lengths, batch, optimizer, schedule, clip, guard, precision, evaluate, checkpoint: tables, each
-            described at its class in `hasten.recipe.choices`, or in the file of its name.
+        data, model, lengths, batch, optimizer, schedule, clip, guard, precision, parallel, evaluate, checkpoint:
+            tables, each described at its class in `hasten.recipe.choices`, or in the file of its name.
+        activation_checkpointing: what of the forward pass is done again in the backward pass to save memory: ``none``,
+            ``selective`` (all but matrix products and attention), ``full`` (every block).
         compile: whether the forward pass is compiled; ``auto`` where a compiler exists and the run pays for it.
         budget: when the run ends: steps, tokens, epochs or wall-clock time.
         target_loss: held-out loss (nats per token) at which the run ends early.
@@ -66,8 +69,10 @@ class Recipe(Choices):
     clip: Clips = ClipNormChoices()
     guard: Guards = SpikesChoices()
     precision: PrecisionChoices = PrecisionChoices()
+    parallel: Parallels = DDPChoices()
     evaluate: EvaluateChoices = EvaluateChoices()
     checkpoint: CheckpointChoices = CheckpointChoices()
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: Literal["auto", "on", "off"] = "auto"
     budget: Span = Duration.parse("3min")
     target_loss: Annotated[float, Field(gt=0.0)] | None = None

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.data.shards import PreparedData
 from hasten.evaluation import evaluate_shards
+from hasten.loop.company import pick_device
 from hasten.loop.saved import newest
-from hasten.loop.state import pick_device
 from hasten.model import Decoder, ModelConfig
 from hasten.recipe import Recipe
 from hasten.record import RunFolder

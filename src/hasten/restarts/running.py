@@ -13,7 +13,7 @@ from typing import Any
 from hasten.errors import RecipeError, RunError, printable
 from hasten.loop import Hook, prepare_for
 from hasten.loop.telling import Teller
-from hasten.pool import Job, Places, last_words, places, run_all, train_command
+from hasten.pool import Engine, Job, Places, last_words, open_engine, train_command
 from hasten.recipe import Recipe, resolve
 from hasten.restarts.book import Book, read_json, read_plan, write_json, write_plan, write_seed
 from hasten.restarts.judging import Course, fault, ranking, read_course
@@ -58,6 +58,7 @@ def restart(
     least_gain: float = LEAST_GAIN,
     fixed_horizon: bool = False,
     out: str | Path | None = None,
+    engine: str = "local",
     workers: int | None = None,
     threads: int | None = None,
     allow: Sequence[str] = (),
@@ -84,6 +85,8 @@ def restart(
         least_gain: that share of the loss.
         fixed_horizon: the survivor has the whole budget as its horizon, and the pool comes on top.
         out: the folder of the pool; ``restarts/<name of the recipe>`` when it is not given.
+        engine: where the runs are done: ``local``, or ``ray`` (a Ray cluster: see docs/scaling.md). A pool may change
+            it between two calls.
         workers: runs side by side; None: one for each core, or one on a GPU.
         threads: CPU threads of each; None: the recipe's, or one.
         allow: what may have changed since a run of the pool began, as `hasten.train` takes it (``code``).
@@ -112,15 +115,31 @@ def restart(
         least_gain=least_gain,
         fixed_horizon=fixed_horizon,
     )
-    place = places(recipe.device, workers, threads or recipe.threads)
-    recipe = resolve(recipe, {"threads": place.threads}).recipe
-    book = Book(Path(out or recipe.out or Path("restarts") / recipe.default_run_name()))
-    tell = Teller(tuple(hooks))
+    hooks = tuple(hooks)
     for note in resolved.notes:
-        tell("note", message=note)
+        Teller(hooks)("note", message=note)
+    with open_engine(engine) as opened:
+        place = opened.places(recipe.device, workers, threads or recipe.threads)
+        recipe = resolve(recipe, {"threads": place.threads}).recipe
+        book = Book(Path(out or recipe.out or Path("restarts") / recipe.default_run_name()))
+        return _restarted(recipe, pool, book, opened, place, tuple(allow), hooks, dry_run=dry_run)
+
+
+def _restarted(
+    recipe: Recipe,
+    pool: Pool,
+    book: Book,
+    engine: Engine,
+    place: Places,
+    allow: tuple[str, ...],
+    hooks: tuple[Hook, ...],
+    *,
+    dry_run: bool,
+) -> RestartResult:
+    tell = Teller(hooks)
     plan = read_plan(book, recipe, pool)
     if dry_run:
-        plan = plan or size_up(recipe, pool, book, tuple(hooks))
+        plan = plan or size_up(recipe, pool, book, hooks)
         tell("pool", plan=plan, pool=pool, workers=place.workers)
         return RestartResult("planned", "", book.path, None, None, json.loads(json.dumps(plan.to_json())))
     with book.lock():
@@ -128,10 +147,10 @@ def restart(
         if plan is not None and (values := read_json(book.result_path)) is not None:
             return _result(book, values, already_finished=True)
         if plan is None:
-            plan = size_up(recipe, pool, book, tuple(hooks))
+            plan = size_up(recipe, pool, book, hooks)
             write_plan(book, recipe, pool, plan)
         tell("pool", plan=plan, pool=pool, workers=place.workers)
-        values = _Halving(recipe, pool, plan, book, place, tuple(allow), tell).values()
+        values = _Halving(recipe, pool, plan, book, engine, place, allow, tell).values()
         write_json(book.result_path, values)
     return _result(book, read_json(book.result_path) or values)
 
@@ -160,10 +179,18 @@ class _Halving:
     """A pool under way. Nothing it decides is remembered: it is read off the run folders, so a kill costs nothing."""
 
     def __init__(
-        self, recipe: Recipe, pool: Pool, plan: Plan, book: Book, place: Places, allow: tuple[str, ...], tell: Teller
+        self,
+        recipe: Recipe,
+        pool: Pool,
+        plan: Plan,
+        book: Book,
+        engine: Engine,
+        place: Places,
+        allow: tuple[str, ...],
+        tell: Teller,
     ) -> None:
         self._recipe, self._pool, self._plan, self._book = recipe, pool, plan, book
-        self._workers, self._threads, self._allow, self._tell = place.workers, place.threads, allow, tell
+        self._engine, self._place, self._allow, self._tell = engine, place, allow, tell
         self._steps: list[int | None] = [*(stage.end for stage in plan.rungs), None]  # None: the end
         self._fresh = itertools.count(pool.first_seed)
         self._passed: dict[int, int] = {}  # rungs, by seed, of every seed that was started
@@ -226,7 +253,10 @@ class _Halving:
     def _train(self, jobs: Mapping[int, int | None]) -> None:
         self._tell("wave", jobs=jobs, logs=self._book.path / "logs")
         waiting = (self._job(seed, step) for seed, step in jobs.items())
-        with closing(run_all(waiting, workers=self._workers)) as outcomes:
+        outcomes = self._engine.run_all(
+            waiting, workers=self._place.workers, tell=lambda text: self._tell("note", message=text)
+        )
+        with closing(outcomes):
             for ended in outcomes:
                 seed = int(ended.job.name)
                 if not self._has_reached(seed, jobs[seed]):  # what counts is what it left, not its exit code
@@ -237,7 +267,9 @@ class _Halving:
         path = write_seed(self._recipe, seed, self._plan.horizon, self._book)
         # The folder may have been moved since the recipe was written.
         command = (*train_command(path, until=step, allow=self._allow), f"out={path.parent}")
-        return Job(str(seed), command, self._book.log(seed), self._threads)
+        return Job(
+            str(seed), command, self._book.log(seed), self._place.threads, self._place.gpus, (path,), path.parent
+        )
 
     def _broken(self, seed: int, code: int) -> RunError:
         log = self._book.log(seed)

@@ -7,55 +7,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from hasten.errors import RecipeError, RunError, printable
+from hasten.errors import RunError, printable
+from hasten.pool.job import PATIENCE_SECONDS, THREAD_VARIABLES, Engine, Job, Outcome, Places, refuse_none
 
 POLL_SECONDS = 0.05
-# A run that is asked to stop finishes its step and writes a checkpoint.
-PATIENCE_SECONDS = 120.0
-# How the command line begins an error, which may have several lines.
-_PREFIX = "hasten: "
-_TAIL_BYTES = 1 << 14
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-
-
-@dataclass(frozen=True)
-class Places:
-    """How many runs go side by side, and the CPU threads each of them has."""
-
-    workers: int
-    threads: int
-
-
-@dataclass(frozen=True)
-class Job:
-    """One process to run.
-
-    Args:
-        name: for people.
-        command: the program and its arguments. Its standard input stays open for as long as it may run and is closed
-            to ask it to stop (``hasten train --attached`` then saves and leaves).
-        log: the file that its output is appended to.
-        threads: CPU threads that its libraries are given.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    log: Path
-    threads: int = 1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended: its exit code (negative: the signal that killed it) and the seconds it ran."""
-
-    job: Job
-    code: int
-    seconds: float
 
 
 def places(device: str = "auto", workers: int | None = None, threads: int | None = None) -> Places:
@@ -77,9 +36,7 @@ def places(device: str = "auto", workers: int | None = None, threads: int | None
         >>> places("cpu", workers=2, threads=3)
         Places(workers=2, threads=3)
     """
-    for name, value in (("workers", workers), ("threads", threads)):
-        if value is not None and value < 1:
-            raise RecipeError(f"{name}={value} is no number of {name}: give at least 1.")
+    refuse_none(workers, threads)
     cores = num_cores()
     if _has_gpu(device):
         workers = workers or 1
@@ -103,46 +60,24 @@ def _has_gpu(device: str) -> bool:
     return torch.cuda.is_available()
 
 
-def train_command(recipe: Path, *, until: str | int | None = None, allow: Iterable[str] = ()) -> tuple[str, ...]:
-    """Return the command that trains, or goes on training, the recipe in a file; it stops with its owner.
-
-    Args:
-        recipe: the file.
-        until: where it pauses, if it does.
-        allow: what may have changed since the run began, such as ``code``.
-    """
-    pause = () if until is None else ("--until", str(until))
-    allowed = tuple(word for name in allow for word in ("--allow", name))
-    return (sys.executable, "-m", "hasten", "train", str(recipe), "--attached", "--no-report", *pause, *allowed)
-
-
-def last_words(log: Path) -> str:
-    """Return what a job said last, on one line: an error of hasten's whole, else its last line; empty for nothing.
-
-    Example:
-        >>> last_words(Path("no such log"))
-        ''
-    """
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    begin = len(lines) - 2  # an error of several lines: its head, indented lines, what to do
-    while begin > 0 and lines[begin].startswith("  "):
-        begin -= 1
-    is_long = begin >= 0 and lines[begin].startswith(_PREFIX) and lines[begin].endswith(":")
-    said = lines[begin:] if is_long else lines[-1:]
-    return printable(" ".join(line.strip() for line in said).removeprefix(_PREFIX))
-
-
-def run_all(jobs: Iterable[Job], *, workers: int, on_start: Callable[[Job], None] | None = None) -> Iterator[Outcome]:
+def run_all(
+    jobs: Iterable[Job],
+    *,
+    workers: int,
+    on_start: Callable[[Job], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Iterator[Outcome]:
     """Run jobs, `workers` at a time, in their order, and yield how each ended as it ends.
 
     A job is taken from `jobs` only when there is room for it. Where the caller leaves early, by an exception, Ctrl-C or
     by closing the generator, the jobs under way are asked to save and stop, and are waited for; where the caller is
     killed, they notice by themselves.
+
+    Args:
+        jobs: what to run.
+        workers: how many at a time.
+        on_start: called with every job that starts.
+        tell: called with a sentence where a job is started again by the engine; this one never does that.
 
     Raises:
         RunError: a program cannot be started, or a log cannot be written.
@@ -151,7 +86,7 @@ def run_all(jobs: Iterable[Job], *, workers: int, on_start: Callable[[Job], None
     try:
         while True:
             while len(running) < workers and (job := next(waiting, None)) is not None:
-                running.append(_Running(job))
+                running.append(Process(job))
                 if on_start is not None:
                     on_start(job)
             if not running:
@@ -169,12 +104,21 @@ def run_all(jobs: Iterable[Job], *, workers: int, on_start: Callable[[Job], None
             one.wait()
 
 
-class _Running:
-    """A job under way."""
+class Process:
+    """A job under way on this machine.
 
-    def __init__(self, job: Job) -> None:
+    Args:
+        job: what to run.
+        home: its current folder; None: ours.
+        variables: of its environment, on top of ours.
+
+    Raises:
+        RunError: its program cannot be started, or its log cannot be written.
+    """
+
+    def __init__(self, job: Job, *, home: Path | None = None, variables: Mapping[str, str] | None = None) -> None:
         self.job, self.began = job, time.monotonic()
-        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(job.threads)), "PYTHONUNBUFFERED": "1"}
+        pinned = {**dict.fromkeys(THREAD_VARIABLES, str(job.threads)), "PYTHONUNBUFFERED": "1"}
         try:
             job.log.parent.mkdir(parents=True, exist_ok=True)
             with job.log.open("ab") as log:
@@ -183,7 +127,8 @@ class _Running:
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=environment,
+                    env={**os.environ, **(variables or {}), **pinned},
+                    cwd=home,
                     **_own_group(),
                 )
         except OSError as error:
@@ -215,3 +160,12 @@ def _own_group() -> dict[str, Any]:
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     return {"start_new_session": True}
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[Engine]:
+    """Yield the engine of this machine; there is nothing to open."""
+    yield LOCAL
+
+
+LOCAL = Engine(places, run_all)
