@@ -194,7 +194,7 @@ def _through_masters(master: Master, size: int) -> Callable[[Any, Any], Any]:
     """Return a hook for DDP that averages, of every parameter, the float32 gradient of its master."""
     import torch.distributed as dist
 
-    def reduce(_: None, bucket: Any) -> Any:
+    def reduce(_, bucket):  # DDP refuses annotations that are text
         parameters, buffer = bucket.parameters(), bucket.buffer()
         if master(parameters[0]) is parameters[0]:  # buckets hold one number format: all of it is float32
             return dist.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0].div_(size))

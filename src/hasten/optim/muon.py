@@ -149,7 +149,9 @@ def _step_sharded(pieces: Sequence[Piece], processes: Any, is_normalized: bool) 
     device = pieces[0].weight.device
     # Numbers travel in the format that a GPU multiplies in.
     chosen = {DTYPES[piece.group["compute_dtype"]] for piece in pieces}
-    wire = torch.bfloat16 if device.type == "cuda" and chosen == {torch.bfloat16} else torch.float32
+    wire = torch.float64 if torch.float64 in chosen else torch.float32
+    if device.type == "cuda" and chosen == {torch.bfloat16}:
+        wire = torch.bfloat16
     exchange = Exchange(
         [piece.shape for piece in pieces],  # type: ignore[misc]
         [piece.cost for piece in pieces],
