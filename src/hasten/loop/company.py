@@ -14,12 +14,16 @@ import torch
 from hasten.distributed import ALONE, Ranks, current, is_launched
 from hasten.errors import DamagedData, HastenError, RunError, SaidElsewhere
 from hasten.loop.interrupt import SIGNALS, StopRequest
-from hasten.loop.watchdog import Watchdog, watch
+from hasten.loop.watchdog import Watchdog, meeting, watch
 from hasten.parallel import Alone, Copies, Parallel, Parts
 from hasten.recipe import Recipe
 
 # An exchange that waits for longer has lost somebody for good. Saving and evaluating are shorter.
 MOST_WAIT = timedelta(hours=1)
+GONE = (
+    "Another process of this run is gone; torchrun says which. Begun again, the run goes on from its newest checkpoint "
+    "(torchrun --max-restarts does so by itself)."
+)
 # How gloo, NCCL and the store say that the other end of a connection is no longer there.
 _LOST = ("onnection closed", "onnection reset", "roken pipe", "onnection refused", "NCCL", "timed out", "Timed out")
 
@@ -79,6 +83,7 @@ class Company:
     def tick(self, clock: Any) -> None:
         """Let the clock of the first process be everyone's, between two steps."""
         if self.ranks.size > 1:
+            self.watchdog.ends()  # of these steps; the next one says so again
             clock.agreed = self.ranks.from_main(clock.own_seconds)
 
 
@@ -133,26 +138,25 @@ def company(recipe: Recipe) -> Iterator[Company]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=MOST_WAIT)
-    except (RuntimeError, ValueError) as error:
-        raise RunError(
-            f"The {world.size} processes of this run cannot meet ({str(error).splitlines()[0][:200]}): start all of "
-            "them with torchrun, and let them reach MASTER_ADDR."
-        ) from None
-    try:
-        ranks = Ranks(world, dist.new_group(backend="gloo"))
-        saving = Ranks(world, dist.new_group(backend="gloo"))
-        copies = recipe.parallel.copies
-        parallel = Copies(ranks) if copies is None else Parts(ranks, copies, device.type)
-        with watch(world) as watchdog:
+    with watch(world) as watchdog:
+        try:
+            store = meeting(world)
+            dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=MOST_WAIT, store=store)
+        except (RuntimeError, ValueError) as error:
+            raise RunError(
+                f"The {world.size} processes of this run cannot meet ({str(error).splitlines()[0][:200]}): start all "
+                "of them with torchrun, and let them reach MASTER_ADDR."
+            ) from None
+        try:
+            ranks = Ranks(world, dist.new_group(backend="gloo"))
+            saving = Ranks(world, dist.new_group(backend="gloo"))
+            copies = recipe.parallel.copies
+            with all_or_none(ranks):  # what can be wrong is seen before they talk
+                parallel = Copies(ranks) if copies is None else Parts(ranks, copies, device.type)
             yield Company(parallel, saving, watchdog=watchdog)
-    except RuntimeError as error:
-        if not any(word in str(error) for word in _LOST):
-            raise
-        raise RunError(
-            "Another process of this run is gone; torchrun says which. Begun again, the run goes on from its newest "
-            "checkpoint (torchrun --max-restarts does so by itself)."
-        ) from None
-    finally:
-        dist.destroy_process_group()
+        except RuntimeError as error:
+            if not any(word in str(error) for word in _LOST):
+                raise
+            raise RunError(GONE) from None
+        finally:
+            dist.destroy_process_group()
