@@ -1,6 +1,7 @@
-"""What preparing text costs: encoding speed against plain `tokenizers`, and resident memory for one large file.
+"""What preparing text costs: encoding speed, memory for one large file, documents of 44 to 100,000 bytes.
 
     python benchmarks/bench_prepare.py [--rounds 7] [--megabytes 1000] [--out FOLDER]
+    python benchmarks/bench_prepare.py --only documents [--against OTHER/src]
 
 Speed: megabytes per CPU-second of one thread, on pieces as preparation makes them. Every round runs every encoder
 once, in an order that turns, after a warm-up round; the figures are medians over rounds, the ratios medians of the
@@ -8,11 +9,16 @@ rounds' own ratios. The ids of all encoders are compared over all of the text.
 
 Memory: a file is generated, a fresh interpreter prepares it, and its peak resident size is read from the kernel
 (preparation uses threads, so there are no children to add; the children's peak is recorded to show that).
+
+Documents: 20 MB of text cut into documents of one size, as lines and as JSON lines, prepared with one worker by a
+fresh interpreter; megabytes of text per CPU-second of all of `prepare`, each size as a share of the longest in the same
+round. With ``--against`` another version prepares the same in turns, and the sha256 of every file is compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -30,6 +36,7 @@ import numpy as np
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the comparison is of one thread each
 
+import hasten
 from hasten.data.corpus import CorpusSpec, open_corpus
 from hasten.data.encoders import ENCODERS, disagrees
 from hasten.data.sampling import sample
@@ -41,6 +48,24 @@ _OTHER_RULE = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _MEASURED_BYTES = 4_000_000
+
+_SIZES = (44, 118, 1000, 100_000)
+_DOCUMENTS_BYTES = 20_000_000
+_DOCUMENTS = """
+import hashlib, json, sys, time
+from pathlib import Path
+from hasten.data.corpus import CorpusSpec
+from hasten.data.preparation import prepare
+spec = CorpusSpec((sys.argv[1],), separator="\\n" if sys.argv[1].endswith(".txt") else None)
+start = time.process_time()
+data = prepare(spec, tokenizer=sys.argv[2], cache=Path(sys.argv[3]), workers=1)
+seconds = time.process_time() - start
+files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(data.folder.iterdir())}
+print(json.dumps({
+    "mb_per_cpu_second": (data.train.source_bytes + data.val.source_bytes) / 1e6 / seconds,
+    "files": hashlib.sha256(json.dumps([data.folder.name, files]).encode()).hexdigest(),
+}))
+"""
 
 _PREPARE = """
 import json, resource, sys, time
@@ -73,13 +98,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=("speed", "memory", "documents"))
+    parser.add_argument("--against", type=Path, help="the src folder of another version, for the documents")
     options = parser.parse_args()
     versions = {name: metadata.version(name) for name in ("numpy", "tokenizers", "kitoken", "tiktoken")}
+    parts = {
+        "speed": lambda: encoding_speed(options.rounds),
+        "memory": lambda: memory(options.megabytes),
+        "documents": lambda: documents(options.rounds, options.against),
+    }
     result = {
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": versions,
-        "speed": encoding_speed(options.rounds),
-        "memory": memory(options.megabytes),
+        **{name: part() for name, part in parts.items() if options.only in (None, name)},
     }
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -133,6 +164,59 @@ def _compare(tokenizer: Tokenizer, texts: list[str], rounds: int) -> dict:
             f"{name:12s} {row['mb_per_cpu_second']:6.2f} MB/CPU-s  x{row['times_plain']:.2f}  ids equal: {equal[name]}"
         )
     return table | {"megabytes": round(size, 3), "rounds": rounds}
+
+
+def documents(rounds: int, against: Path | None) -> list[dict]:
+    """Return the speed of preparing documents of each size, beside that of the longest."""
+    sources = {"now": Path(hasten.__file__).parents[1], **({"before": against.resolve()} if against else {})}
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="hasten-bench-") as folder:
+        files = _documents(Path(folder))
+        for kind, tokenizer in itertools.product(("txt", "jsonl"), ("bytes", str(Path(folder, "tokenizer")))):
+            cases = list(itertools.product(_SIZES, sources))
+            runs: dict[tuple, list[dict]] = {case: [] for case in cases}
+            for turn in range(rounds):
+                for size, version in cases[turn % len(cases) :] + cases[: turn % len(cases)]:
+                    with tempfile.TemporaryDirectory(dir=folder) as cache:
+                        command = [sys.executable, "-c", _DOCUMENTS, str(files[size, kind]), tokenizer, cache]
+                        environment = {**os.environ, "PYTHONPATH": str(sources[version])}
+                        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+                    runs[size, version].append(json.loads(run.stdout))
+            for size, version in cases:
+                speeds, longest = (
+                    np.array([run["mb_per_cpu_second"] for run in runs[one, version]]) for one in (size, _SIZES[-1])
+                )
+                row = {
+                    "version": version,
+                    "documents": "lines" if kind == "txt" else "JSON lines",
+                    "tokenizer": "bytes" if tokenizer == "bytes" else "BPE 4096, kitoken",
+                    "bytes_each": size,
+                    "mb_per_cpu_second": round(float(np.median(speeds)), 2),
+                    "lowest": round(float(speeds.min()), 2),
+                    "highest": round(float(speeds.max()), 2),
+                    "share_of_longest": round(float(np.median(speeds / longest)), 2),
+                    "same_files": len({run["files"] for which in sources for run in runs[size, which]}) == 1,
+                }
+                print(" ".join(f"{value!s:>18s}" for value in row.values()), flush=True)
+                rows.append(row)
+    return rows
+
+
+def _documents(folder: Path) -> dict[tuple[int, str], Path]:
+    """Write real text, cut into documents of each size, in both formats, and a tokenizer learned from it."""
+    texts = sample(piece.text for piece in open_corpus(CorpusSpec(("python",))).pieces("train"))
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    train_bpe(sample(texts, most_bytes=_MEASURED_BYTES), 4096).save(tokenizer)
+    words = " ".join(" ".join(texts).encode("ascii", "ignore").decode().split())
+    text = (words * (_DOCUMENTS_BYTES // len(words) + 1))[:_DOCUMENTS_BYTES]
+    files = {}
+    for size in _SIZES:
+        parts = [text[begin : begin + size] for begin in range(0, len(text), size)]
+        files[size, "txt"], files[size, "jsonl"] = folder / f"{size}.txt", folder / f"{size}.jsonl"
+        files[size, "txt"].write_text("\n".join(parts), encoding="utf-8")
+        files[size, "jsonl"].write_text("".join(json.dumps({"text": part}) + "\n" for part in parts), encoding="utf-8")
+    return files
 
 
 def memory(megabytes: int) -> dict:

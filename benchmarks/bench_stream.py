@@ -7,6 +7,9 @@ twenty (503, connection reset, body cut short). Real training steps of `nano` on
 storage in turn, each run from storage with an empty cache that is smaller than the text. The text is the standard
 library's sources, repeated until it is large enough: what its tokens are has no influence on the time.
 
+Then the same batches at the pace of an accelerator, which a sleep of 100 ms for 65,536 tokens stands for: the text is
+read through in a minute and a half, so that the cache turns over.
+
 Reported is the time in which the model waited for its batches, as a share of the time of the steps (`phases` of
 ``result.json``), and that of the first step by itself; the bytes that were asked for, and the most that the cache held.
 """
@@ -14,6 +17,7 @@ Reported is the time in which the model waited for its batches, as a share of th
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -23,6 +27,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,7 @@ import numpy as np
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 LATENCY, SHARE = 0.1, 0.05
+PACE = 0.1  # seconds of a step of 65,536 tokens: what an accelerator does with some 100 million parameters
 URL = "s3://bucket/prepared"
 
 
@@ -42,10 +49,11 @@ def serve() -> None:
     with object_storage(faults) as endpoint:
         print(endpoint, flush=True)
         for line in sys.stdin:
-            faults.share, faults.latency = map(float, line.split())
             print(json.dumps({"answers": len(faults.asked), "blocks": len(faults.ranges), "spoiled": faults.spoiled}))
             sys.stdout.flush()
             faults.asked, faults.spoiled = [], 0
+            share, latency, seed = line.split()
+            faults.share, faults.latency, faults.seed = float(share), float(latency), int(seed)
 
 
 class Storage:
@@ -57,9 +65,9 @@ class Storage:
         )
         self.endpoint = self._process.stdout.readline().strip()
 
-    def counts(self, share: float, latency: float) -> dict[str, int]:
+    def counts(self, share: float = 0.0, latency: float = 0.0, seed: int = 0) -> dict[str, int]:
         """Return what was asked for since the last call, and set what is done to the answers from now on."""
-        self._process.stdin.write(f"{share} {latency}\n")
+        self._process.stdin.write(f"{share} {latency} {seed}\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
@@ -101,12 +109,6 @@ def run(data: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, and return the time that steps took and that the model waited for its batches."""
     import hasten
 
-    waits: list[float] = []
-
-    def look(event: Any) -> None:
-        if event.kind == "step":
-            waits.append(time.perf_counter())
-
     began = time.perf_counter()
     result = hasten.train(
         data={"train": data, "shuffle_tokens": arguments.shuffle_tokens},
@@ -115,7 +117,6 @@ def run(data: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         threads=1,
         out=str(out),
         evaluate={"every": f"{arguments.steps}", "tokens": 2048},
-        hooks=[look],
     )
     phases = json.loads((out / "result.json").read_text())["phases"]
     spent = phases["data"] + phases["train"]
@@ -128,11 +129,58 @@ def run(data: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def paced(data: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Take large steps at the pace of an accelerator, which a sleep stands for, and return the time that was waited."""
+    from hasten.data.batches import Batches
+    from hasten.data.prefetch import Prefetched
+    from hasten.data.reading import read
+    from hasten.data.shards import PreparedData
+
+    source = read(PreparedData.open(data), seq_len=1024, seed=1, shuffle_tokens=arguments.shuffle_tokens)
+    digest, waits, position = hashlib.sha256(), [], source.begin
+    with Prefetched(Batches(source, seq_len=1024, micro_rows=64)) as batches:
+        for _ in range(arguments.paced_steps):
+            began = time.perf_counter()
+            step, position = batches.take(position, rows=64)
+            waits.append(time.perf_counter() - began)
+            for batch in step:
+                digest.update(batch.tokens_BT.numpy())
+            time.sleep(PACE)
+    return {
+        "wait_share": sum(waits) / (sum(waits) + PACE * len(waits)),
+        "wait_share_after_first": sum(waits[1:]) / (sum(waits[1:]) + PACE * len(waits[1:])),
+        "first_wait": waits[0],
+        "longest_later_wait": max(waits[1:]),
+        "sha256": digest.hexdigest(),
+    }
+
+
+@contextmanager
+def watched(storage: Storage, folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """Begin with an empty cache and the storage's faults; yield what is filled, at the end, with what was seen."""
+    shutil.rmtree(folder, ignore_errors=True)
+    storage.counts(SHARE, LATENCY, seed)
+    seen: dict[str, Any] = {}
+    ended, most = threading.Event(), [0]
+    watcher = threading.Thread(target=watch, args=(folder, ended, most))
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        watcher.join()
+        seen |= {**storage.counts(), "most_cached_mib": most[0] / 2**20}
+
+
 def watch(folder: Path, ended: threading.Event, most: list[int]) -> None:
-    """Note the most bytes that ranges ever took, looked at every 50 ms."""
+    """Note the most bytes that ranges ever took, looked at every 50 ms while nobody writes."""
+    from hasten.data.range_cache import RangeCache
+
+    cache = RangeCache(folder, 1 << 30)
     while not ended.wait(0.05):
         try:
-            held = sum(entry.stat().st_size for entry in os.scandir(folder) if entry.name != "lock")
+            with cache._locked():
+                held = sum(entry.stat().st_size for entry in os.scandir(folder) if entry.name != "lock")
         except OSError:
             continue
         most[0] = max(most[0], held)
@@ -160,24 +208,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             os.environ["HASTEN_CACHE"] = str(place / "cache")
             os.environ["HASTEN_STREAM_CACHE"] = f"{arguments.cache_mib}MiB"
             folder = prepared_text(place, arguments.mib)
-            storage.counts(0.0, 0.0)
+            storage.counts()
             upload(folder, URL)
+            stream = place / "cache" / "stream"
             for number in range(arguments.rounds):
                 load = os.getloadavg()[0]
                 near = run(str(folder), place / f"near-{number}", arguments)
-                stream = place / "cache" / "stream"
-                shutil.rmtree(stream, ignore_errors=True)
-                storage.counts(SHARE, LATENCY)
-                ended, most = threading.Event(), [0]
-                watcher = threading.Thread(target=watch, args=(stream, ended, most))
-                watcher.start()
-                far = run(URL, place / f"far-{number}", arguments)
-                ended.set()
-                watcher.join()
-                counts = storage.counts(0.0, 0.0)
+                with watched(storage, stream, number) as seen:
+                    far = run(URL, place / f"far-{number}", arguments)
                 assert near["val_loss"] == far["val_loss"], (near, far)
-                far |= {**counts, "fetched_mib": counts["blocks"], "most_cached_mib": most[0] / 2**20}
-                rounds.append({"load": load, "near": near, "far": far})
+                trained = {"near": near, "far": far | seen}
+                near = paced(str(folder), arguments)
+                with watched(storage, stream, 100 + number) as seen:
+                    far = paced(URL, arguments)
+                assert near["sha256"] == far["sha256"], (near, far)
+                rounds.append({"load": load, "trained": trained, "paced": {"near": near, "far": far | seen}})
                 print(json.dumps(rounds[-1]), flush=True)
             size = sum(path.stat().st_size for path in folder.glob("train*.bin"))
     finally:
@@ -185,8 +230,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     uptime = subprocess.run(["uptime"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "rounds": rounds,
-        "wait_share_far": float(np.median([one["far"]["wait_share"] for one in rounds])),
-        "wait_share_near": float(np.median([one["near"]["wait_share"] for one in rounds])),
+        **{
+            f"{kind}_{where}_wait_share": float(np.median([one[kind][where]["wait_share"] for one in rounds]))
+            for kind in ("trained", "paced")
+            for where in ("near", "far")
+        },
         "train_mib": size / 2**20,
         "settings": {key: value for key, value in vars(arguments).items() if key not in ("out", "serve")},
         "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "uptime": uptime},
@@ -206,8 +254,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--mib", type=int, default=128, help="of the text's tokens")
-    parser.add_argument("--cache-mib", type=int, default=64)
+    parser.add_argument("--cache-mib", type=int, default=80)
     parser.add_argument("--shuffle-tokens", type=int, default=1 << 23)
+    parser.add_argument("--paced-steps", type=int, default=600)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -215,7 +264,7 @@ def main() -> None:
         serve()
         return
     figures = measure(arguments)
-    print(json.dumps({key: figures[key] for key in ("wait_share_far", "wait_share_near")}))
+    print(json.dumps({key: value for key, value in figures.items() if key.endswith("wait_share")}))
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -66,7 +66,7 @@ DEPENDENCIES = {
     "torch",
     "typer",
 }
-OPTIONAL = {"datasets", "kitoken", "pyarrow", "tiktoken", "transformers", "zstandard"}
+OPTIONAL = {"datasets", "fsspec", "kitoken", "pyarrow", "ray", "tiktoken", "transformers", "zstandard"}
 
 RUNS_FOREIGN_CODE = {"cloudpickle", "cPickle", "dill", "joblib", "marshal", "pickle", "shelve", "yaml"}
 

@@ -15,10 +15,12 @@ from test_shards import some_documents, write
 import hasten
 from hasten.data import PackedBatches, transfer
 from hasten.data.batches import Batches
+from hasten.data.buckets import BucketSource
 from hasten.data.range_cache import RangeCache
 from hasten.data.reading import read
 from hasten.data.remote import open_remote, upload
 from hasten.data.shards import PreparedData, ShardWriter, write_manifest
+from hasten.data.windows import Pack, Windows
 from hasten.errors import DamagedData, DataError, HastenError
 
 pytest.importorskip("s3fs", reason="s3fs is not installed")
@@ -105,7 +107,9 @@ def assert_same_steps(one: Batches, other: Batches, count: int, rows: int = 16) 
 
 
 def held(folder: Path) -> int:
-    return sum(path.stat().st_size for path in (folder / "stream").iterdir() if path.name != "lock")
+    kept = cache(folder)
+    with kept._locked():  # nobody writes or deletes meanwhile
+        return sum(path.stat().st_size for path in kept.folder.iterdir() if path.name != "lock")
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "chunk"])
@@ -136,7 +140,8 @@ def test_each_rank_reads_its_share_of_the_rows(prepared, faults, tmp_path):
 def test_blocks_of_later_steps_are_asked_for_before_their_turn(faults, tmp_path):
     far = batches(open_remote(URL, cache=cache(tmp_path)))
     needed = far.source.draw((0,), rows=4, length=1024)
-    blocks = needed.parts[0][0].far.blocks(*needed.parts[0][0].spans(needed.parts[0][1]))
+    ((rows, numbers),) = needed.parts
+    blocks = rows.blocks(numbers)
     faults.asked = []
     _, position = far.take((0,), rows=4)
     for _ in range(20):
@@ -150,15 +155,37 @@ def test_blocks_of_later_steps_are_asked_for_before_their_turn(faults, tmp_path)
     assert len(faults.ranges) > len(blocks) + 2
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_of_a_loader_open_the_storage_for_themselves(prepared, faults, tmp_path, num_workers):
+def test_buckets_and_mixtures_read_the_same_from_storage(storage, faults, tmp_path):
+    folder, random = tmp_path / "mixed", np.random.default_rng(2)
+    folder.mkdir()
+    splits = {}
+    for split in ("train-0", "train-1", "val"):
+        with ShardWriter(folder, split, vocab_size=301, document_token=300, shard_tokens=700_000) as writer:
+            for length in random.integers(1, 3_000, 900).tolist():
+                writer.start_document()
+                writer.append(random.integers(0, 300, length, np.uint16), source_bytes=length)
+            splits[split] = writer.close()
+    hashes = {"corpus": "test", "corpus_sha256": "c" * 64, "tokenizer_sha256": "t" * 64}
+    write_manifest(folder, splits=splits, **hashes, vocab_size=301, document_token=300, train_names=["a", "b"])
+    far, near = open_remote(upload(folder, "s3://bucket/mixed"), cache=cache(tmp_path, 8)), PreparedData.open(folder)
+    ours, theirs = (batches(data, weights=[3, 1], shuffle_tokens=1 << 22) for data in (far, near))
+    assert_same_steps(ours, theirs, 30)
+    ours, theirs = (
+        Batches(BucketSource([Windows(shards, Pack("bucketed", (256, 1024))).rows(n) for n in (0, 1)], seed=0),
+                seq_len=1024, micro_rows=4)
+        for shards in (far.trains[1], near.trains[1])
+    )  # fmt: skip
+    assert_same_steps(ours, theirs, 30)
+
+
+def test_workers_of_a_loader_open_the_storage_for_themselves(prepared, faults, tmp_path):
     def items(data: PreparedData, workers: int) -> list[torch.Tensor]:
         packed = PackedBatches(data.train, seq_len=128, batch_tokens=1024, total_steps=12, seed=5)
         return [item["input_ids"].clone() for item in packed.loader(num_workers=workers)]
 
     far = open_remote(URL, cache=cache(tmp_path))
     far.train.read(0, 100)  # its threads and its loop run here before the fork
-    ours, theirs = items(far, num_workers), items(PreparedData.open(prepared), 0)
+    ours, theirs = items(far, 2), items(PreparedData.open(prepared), 0)
     assert len(ours) == 12
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 

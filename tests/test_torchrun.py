@@ -137,11 +137,18 @@ def test_the_first_process_alone_speaks(own_folder: Path, library_text: str) -> 
     assert "Warning" not in said
 
 
-def test_what_is_wrong_is_said_once(own_folder: Path, library_text: str) -> None:
+WRONG = {
+    "parallel.copies=3": "parallel.copies=3 does not divide the 2 processes",
+    "precision=fp16": "precision=fp16 has no loss scale that the parts of parallel=hsdp agree on",
+}
+
+
+@pytest.mark.parametrize("wrong", [pytest.param("precision=fp16", marks=pytest.mark.heavy), "parallel.copies=3"])
+def test_what_is_wrong_is_said_once(own_folder: Path, library_text: str, wrong: str) -> None:
     log = own_folder / "log"
-    settings = [*settings_of(own_folder, library_text, "run", "hsdp"), "parallel.copies=3"]
+    settings = [*settings_of(own_folder, library_text, "run", "hsdp"), wrong]
     with launched(settings, log) as run:
         assert run.wait(SECONDS) != 0
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("hasten:")]
-    assert "parallel.copies=3 does not divide the 2 processes" in line
+    assert WRONG[wrong] in line
     assert not (own_folder / "run").exists()

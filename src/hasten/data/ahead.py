@@ -77,17 +77,21 @@ class _Step(NamedTuple):
 
 
 class ReadAhead:
-    """Asks for the blocks of the step that is read now, then for those of the steps after it.
+    """Asks for the blocks of the step that is read now, then for those of the steps after it."""
 
-    Args:
-        draw: what a step reads, as `Batches.draw`.
-    """
-
-    def __init__(self, draw: Callable[..., Draw]) -> None:
-        self._draw = draw
+    def __init__(self) -> None:
         self._begin()
 
-    def step(self, position: tuple[int, ...], draw: Draw, *, rows: int, first: int, stop: int) -> None:
+    def step(
+        self,
+        position: tuple[int, ...],
+        draw: Draw,
+        *,
+        rows: int,
+        first: int,
+        stop: int,
+        later: Callable[..., Draw],
+    ) -> None:
         """Ask for what the step at `position` reads and, in what place there is, for what those after it will.
 
         They are taken to have as many rows of the same length; where that turns out wrong, it is begun anew.
@@ -97,6 +101,7 @@ class ReadAhead:
             draw: what it reads.
             rows: of it.
             first, stop: which of its places, counted in tokens, are read here; others belong to other ranks.
+            later: what another step reads, as `Batches.draw`.
         """
         room = min(part.far.room for part, _ in draw.parts)
         if not room:
@@ -118,7 +123,7 @@ class ReadAhead:
             if len(self._steps) >= _MOST_STEPS or len(self._needed) >= room:
                 break
             position = self._steps[-1].position
-            following = self._draw(position, rows=rows, length=draw.length)
+            following = later(position, rows=rows, length=draw.length)
             self._enter((position, rows, draw.length), following, first, stop)
             for far, blocks in self._steps[-1].blocks:
                 far.fetch(blocks)
@@ -135,7 +140,7 @@ class ReadAhead:
             here = numbers[max(0, begin) : max(0, end)]
             place += len(numbers)
             if len(here):
-                found.append((part.far, part.far.blocks(*part.spans(here))))
+                found.append((part.far, part.blocks(here)))
         self._steps.append(_Step(asked, tuple(found), draw.position))
         for _, blocks in found:
             self._needed.update(blocks.tolist())

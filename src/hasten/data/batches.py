@@ -181,7 +181,7 @@ class Batches:
         assert min(seq_len, micro_rows) >= 1, (seq_len, micro_rows)
         self.source, self.seq_len, self.micro_rows = source, seq_len, micro_rows
         self.document_mask, self.rank, self.world_size = document_mask, rank, world_size
-        self._ahead = ReadAhead(self.draw)
+        self._ahead = ReadAhead()
 
     def take(
         self, position: tuple[int, ...], *, rows: int, length: int | None = None, into: Buffers | None = None
@@ -212,7 +212,9 @@ class Batches:
         For tokens that lie elsewhere; returns at once, and does nothing for those that lie here.
         """
         first, stop = self.share(rows)
-        self._ahead.step(position, draw, rows=rows, first=first * self.seq_len, stop=stop * self.seq_len)
+        self._ahead.step(
+            position, draw, rows=rows, first=first * self.seq_len, stop=stop * self.seq_len, later=self.draw
+        )
 
     def draw(self, position: tuple[int, ...], *, rows: int, length: int | None = None) -> Draw:
         """Return what the step at `position` reads, over all ranks; no token is read yet."""

@@ -164,7 +164,7 @@ class Corpus:
         held: list[Batch] = []
         size = 0
         for batch in self._assigned(tally, characters):
-            seen.update(np.unique(batch.sides).tolist())
+            seen.update(np.flatnonzero(np.bincount(batch.sides)).tolist())
             held.append(batch)
             size += sum(map(len, batch.texts))
             if size >= characters:
@@ -188,7 +188,7 @@ class Corpus:
                 sides_P = np.where(plan.is_val(run.units, self.spec.val_share), val, train).astype(np.int32)
                 kinds_P = np.array(run.kinds, np.int8)
                 # Blocks of one document that fall on the same side one after another stay one document.
-                changes_P = np.diff(sides_P, prepend=np.int32(previous)) != 0
+                changes_P = sides_P != np.append(np.int32(previous), sides_P[:-1])
                 previous = sides_P[-1]
                 starts_P = (kinds_P == STARTS) | ((kinds_P == CONTINUES) & changes_P)
                 yield Batch(sides_P, starts_P, np.array(run.sizes, np.int64), run.texts, run.documents)

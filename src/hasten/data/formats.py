@@ -8,7 +8,6 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -121,53 +120,79 @@ def _kind(value: Any) -> str:
 
 
 def _json_lines(file: SourceFile, text_key: str, tally: Counts) -> Iterator[tuple[str, str]]:
-    quoted_key = json.dumps(text_key, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    # How a record begins that holds the text alone, as most tiny ones do; its quote says where the text does.
-    lone = (b"{" + quoted_key + b': "', b"{" + quoted_key + b':"')
+    quoted_key = json.dumps(text_key, ensure_ascii=False)
+    lone = re.compile(rf'^{{{re.escape(quoted_key)}: ?"({_STRING})"}}\r?\n', re.MULTILINE)
     with compressed.open_stream(file.path, file.name, tally.on_read) as stream:
-        for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b""), 1):
-            if line.startswith(lone) and (text := _lone_text(line, len(lone[line[len(lone[1]) - 1] == _QUOTE]))):
-                tally.records_read += 1
-                yield f"{file.name}:{number}", text
+        number = 0
+        while ahead := stream.peek():
+            left = ahead.rfind(b"\n") + 1
+            if texts := _lone_texts(ahead[:left], lone):
+                stream.read(left)
+                tally.records_read += len(texts)
+                yield from ((f"{file.name}:{place}", text) for place, text in enumerate(texts, number + 1))
+                number += len(texts)
                 continue
-            if number == 1 and line.startswith(codecs.BOM_UTF8):
-                tally.add(counts.BYTE_ORDER_MARKS, file.name)
-                line = line[3:]
-            if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
-                tally.records_read += 1
-                _skip_line(stream)
-                _reject(tally, f"{file.name} line {number}", f"longer than {MAX_RECORD_BYTES >> 20} MiB")
-                continue
-            if not line.strip():
-                continue
-            tally.records_read += 1
-            try:
-                record = line.decode("utf-8", "surrogateescape")
-                text = _text_of(json.loads(record), text_key)
-                if line.count(quoted_key) > 1:
-                    _refuse_twice(record, text_key)
-            except RecursionError:
-                _reject(tally, f"{file.name} line {number}", "nested too deeply")
-            except ValueError as error:
-                _reject(tally, f"{file.name} line {number}", str(error))
-            else:
-                yield f"{file.name}:{number}", text
+            left = max(left, 1)
+            while left > 0 and (line := stream.readline(MAX_RECORD_BYTES + 1)):
+                number, left = number + 1, left - len(line)
+                text = _line_text(file, line, number, stream, text_key, quoted_key, tally)
+                if text is not None:
+                    yield f"{file.name}:{number}", text
 
 
-_QUOTE, _ENDS = ord('"'), ("}\n", "}\r\n")
+_TINY_RECORD = 4096  # bytes: of longer ones the parsing is not what costs
+# What stands between the quotes of a JSON text.
+_STRING = r'[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*'
 
 
-def _lone_text(line: bytes, start: int) -> str:
-    """Return the text that begins at `start` if nothing but the end of its record follows it; else "".
+def _lone_texts(lines: bytes, lone: re.Pattern[str]) -> list[str]:
+    """Return the texts of whole lines where each is a record of the text alone, as tiny ones often are; else nothing.
 
-    A third of the time of parsing the record, and the same text: it is the standard library's own scanner of strings.
+    A fifth of the time of parsing each, and the same texts: what has escapes goes through the library's own scanner.
     """
+    if len(lines) > _TINY_RECORD * lines.count(b"\n"):
+        return []
+    block = lines.decode("utf-8", "surrogateescape")
+    if not lone.match(block):
+        return []
+    texts = lone.findall(block)
+    if len(texts) != block.count("\n"):
+        return []
+    if "\\" not in block:
+        return texts
+    try:
+        return [json.decoder.scanstring(text + '"', 0, True)[0] if "\\" in text else text for text in texts]
+    except ValueError:
+        return []
+
+
+def _line_text(
+    file: SourceFile, line: bytes, number: int, stream: io.BufferedIOBase, text_key: str, quoted_key: str, tally: Counts
+) -> str | None:
+    """Return the text of a line, or None where it is blank or cannot be used, which is counted."""
+    if number == 1 and line.startswith(codecs.BOM_UTF8):
+        tally.add(counts.BYTE_ORDER_MARKS, file.name)
+        line = line[3:]
+    if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
+        tally.records_read += 1
+        _skip_line(stream)
+        _reject(tally, f"{file.name} line {number}", f"longer than {MAX_RECORD_BYTES >> 20} MiB")
+        return None
+    if not line.strip():
+        return None
+    tally.records_read += 1
     try:
         record = line.decode("utf-8", "surrogateescape")
-        text, stop = json.decoder.scanstring(record, start, True)
-    except ValueError:
-        return ""
-    return text if record[stop:] in _ENDS else ""
+        text = _text_of(json.loads(record), text_key)
+        if record.count(quoted_key) > 1:
+            _refuse_twice(record, text_key)
+    except RecursionError:
+        _reject(tally, f"{file.name} line {number}", "nested too deeply")
+    except ValueError as error:
+        _reject(tally, f"{file.name} line {number}", str(error))
+    else:
+        return text
+    return None
 
 
 def _skip_line(stream: io.BufferedIOBase) -> None:

@@ -130,6 +130,7 @@ class MixedRows:
         self.num_targets = sum(rows.num_targets for rows in components)
         self.bounds = np.cumsum([0] + [rows.num_rows for rows in components])
         self.num_rows = int(self.bounds[-1])
+        self.far = components[0].far  # the sources of a mixture are prepared together
 
     def fill(
         self, row_numbers_R: np.ndarray, tokens_RT: np.ndarray, labels_RT: np.ndarray, ids_RT: np.ndarray | None = None
@@ -146,6 +147,15 @@ class MixedRows:
             for array, part in zip(outputs, parts):
                 array[here] = part
         return targets_R
+
+    def blocks(self, row_numbers_R: np.ndarray) -> np.ndarray:
+        """Return the numbers of the blocks of `far` that hold rows, int64."""
+        component_R = self.bounds.searchsorted(row_numbers_R, side="right") - 1
+        needed = [
+            self.components[component].blocks(row_numbers_R[component_R == component] - self.bounds[component])
+            for component in np.unique(component_R).tolist()
+        ]
+        return np.concatenate([np.empty(0, np.int64), *needed])
 
     def parts(self, row_number: int) -> list[DocumentPart]:
         """Return what a row holds of which documents, in order, with the name of their source."""

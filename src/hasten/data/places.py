@@ -108,12 +108,12 @@ def _cramped(data: PreparedData, packing: str, shuffle_tokens: int | None) -> li
     if "://" not in data.place:
         return []
     size, itemsize = data.train_size.num_tokens, token_dtype(data.vocab_size).itemsize
-    mixed = shuffle_tokens or (size if packing == "chunk" else GROUP * WINDOW_TOKENS)
+    mixed = len(data.trains) * (shuffle_tokens or (size if packing == "chunk" else GROUP * WINDOW_TOKENS))
     bound, wanted = cache_bound(), -(-5 * mixed * itemsize // 2_000_000)
     # Two stretches of text are in use where one passes into the next.
     if min(size, 2 * mixed) * itemsize <= bound:
         return []
-    fitting = bound // itemsize // 5 * 2
+    fitting = max(1 << 22, bound // itemsize // 5 * 2 // len(data.trains))
     return [
         f"rows are drawn from {min(size, mixed) * itemsize / 1e6:,.0f} MB of text at a time and the cache holds "
         f"{bound / 1e6:,.0f} MB, so text is fetched many times over: set {BOUND}={wanted}MB, or "

@@ -106,6 +106,7 @@ class RangeCache:
                     part = _read(file, end - begin)
         except OSError:
             self._trusted.pop(name, None)
+            self._used_at.pop(name, None)
             return None
         self._touch(name, stamp)
         return part if len(part) == end - begin else None

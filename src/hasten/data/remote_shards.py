@@ -30,10 +30,12 @@ _TABLES_KEPT = 4096
 
 
 def fault_of(sha256: str, content: bytes) -> str:
+    """Return what is wrong with the content of a file, or an empty text."""
     return "" if hashlib.sha256(content).hexdigest() == sha256 else "its sha256 is not the manifest's"
 
 
 def shards_of(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the entries of all shards, split by split."""
     return [shard for split in manifest["splits"].values() for shard in split["shards"]]
 
 

@@ -62,8 +62,8 @@ class Rows(Protocol):
         """
         ...
 
-    def spans(self, row_numbers_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where in the stream the pieces of rows begin, and how many tokens of it each takes, its label too."""
+    def blocks(self, row_numbers_R: np.ndarray) -> np.ndarray:
+        """Return the numbers of the blocks of `far` that hold rows, int64."""
         ...
 
     def order(self, seed: int, purpose: str = "rows") -> Order:
@@ -119,10 +119,10 @@ class ChunkedRows:
             np.cumsum(tokens_RT == self._documents.document_token, axis=1, dtype=np.int32, out=ids_RT)
         return targets_R
 
-    def spans(self, row_numbers_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where in the stream the rows begin, and how many tokens each takes, the last label too."""
+    def blocks(self, row_numbers_R: np.ndarray) -> np.ndarray:
+        """Return the numbers of the blocks of `far` that hold rows, int64."""
         starts_R = row_numbers_R * self.seq_len
-        return starts_R, np.minimum(self.seq_len, self.num_targets - starts_R) + 1
+        return self.far.blocks(starts_R, np.minimum(self.seq_len, self.num_targets - starts_R) + 1)
 
     def order(self, seed: int, purpose: str = "rows") -> Order:
         """Return an endless shuffled order of the row numbers."""

@@ -8,7 +8,11 @@ reads 80 MB/s of long documents and is the limit of what a cluster gains: 8 work
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +28,11 @@ from hasten.errors import DataError, HastenError, one_line
 _MOST_WORKERS, _MOST_FAST_WORKERS = 16, 8
 _MOST_RAY_WORKERS = 64  # bounds what is held: about 5 MB each, twice
 _MOST_RETRIES = 20
+_CONNECT_SECONDS = 10.0
+# What Ray reads: whether it reports to its makers, and whether it warns of what it will do with GPUs one day. What it
+# sets itself. All are put back.
+_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_SET_BY_RAY = ("RAY_AUTH_MODE", "PYTHONBREAKPOINT")
 
 Results = Iterator[tuple[Batch, "Encoded | None"]]
 
@@ -129,20 +138,63 @@ def _cluster(ray: Any) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of what it will do one day
+    before = {name: os.environ.get(name) for name in (*_VARIABLES, *_SET_BY_RAY)}
+    os.environ.update({name: value for name, value in _VARIABLES.items() if before[name] is None})
     try:
+        with _silent(ray):
+            _join(ray)
+            try:
+                yield
+            finally:
+                ray.shutdown()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _join(ray: Any) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        _refuse_dead(os.environ.get("RAY_ADDRESS", ""))
         # Without an address: RAY_ADDRESS, else what `ray start` started here, else a new one.
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise DataError(
-            f"no Ray cluster can be reached or started ({one_line(f'{type(error).__name__}: {error}', 200)}); "
-            "set RAY_ADDRESS to the address of one, or to local for one of this machine."
+            f"no Ray cluster can be reached or started ({one_line(str(error), 200)}); set RAY_ADDRESS to the address "
+            "of one that runs, or to `local` for one of this machine."
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _silent(ray: Any) -> Iterator[None]:
+    """Keep what Ray says of its own affairs, such as a task that it runs again, off the terminal."""
+    from ray._private import worker  # it has no public switch for what its nodes report
+
+    logger, names = logging.getLogger("ray"), vars(worker)
+    level, said = logger.level, names.get("print_to_stdstream")
+    logger.setLevel(logging.ERROR)
+    names["print_to_stdstream"] = lambda data, ignore_prefix: None
     try:
         yield
     finally:
-        ray.shutdown()
+        logger.setLevel(level)
+        names["print_to_stdstream"] = said
+
+
+def _refuse_dead(address: str) -> None:
+    """Raise OSError when nobody answers at HOST:PORT: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            raise OSError(f"nobody answers at {address}: {error.strerror or error}") from error
 
 
 # By name: what spreads the work, and how many times as large its batches are. A task on Ray costs about a millisecond,

@@ -40,7 +40,12 @@ _PROVIDERS = {
 _NAMES = {"s3a": "s3", "gcs": "gs", "abfs": "az"}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
-        "config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": REQUEST_SECONDS},
+        "config_kwargs": {
+            "retries": {"total_max_attempts": 1},
+            "connect_timeout": 10,
+            "read_timeout": REQUEST_SECONDS,
+            "max_pool_connections": 32,
+        },
         "use_listings_cache": False,
     },
 }

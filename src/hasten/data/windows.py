@@ -267,10 +267,10 @@ class WindowRows:
             return EndlessOrder(self.num_rows, seed=seed, purpose=purpose)
         return WindowOrder(np.diff(self._first_rows_W1), seed=seed, purpose=purpose, group=windows.group)
 
-    def spans(self, row_numbers_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where in the stream the pieces of rows begin, and how many tokens each takes, its label too."""
+    def blocks(self, row_numbers_R: np.ndarray) -> np.ndarray:
+        """Return the numbers of the blocks of `far` that hold rows, int64."""
         pieces = self._pieces(row_numbers_R)
-        return pieces.starts_P, pieces.lengths_P + 1
+        return self.far.blocks(pieces.starts_P, pieces.lengths_P + 1)
 
     def parts(self, row_number: int) -> list[DocumentPart]:
         """Return what a row holds of which documents, in order."""

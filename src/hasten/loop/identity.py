@@ -35,6 +35,7 @@ _FIXED = {
     "optimizer.state_format": "the saved state is in another format",
     "seed": "the first weights and the order of the text follow from it",
     "lengths.seq_len": "the model and the rows of the text are made for it",
+    "data.shuffle_tokens": "the place in the text is counted in rows of that order",
     "data.vocab_size": "the saved weights have a row for each token",
     "init_from": "the run began there",
     "branch_from": "the run began there",

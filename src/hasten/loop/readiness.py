@@ -40,11 +40,17 @@ def checked_state(recipe: Recipe, folder: RunFolder, together: Company, tell: Te
         if not recipe.init_from:  # a model that does not fit must not be tried: the system would kill the process
             params = count_parameters(recipe.model.build(data.vocab_size, recipe.lengths.seq_len))
             report(check_size(params, machine_bytes(pick_device(recipe.device))), tell)
-    state = start(recipe, data, model=warm_start(recipe), company=together)
+        if together.parallel.is_sharded and recipe.precision.name == "fp16":
+            raise RecipeError(
+                f"precision=fp16 has no loss scale that the parts of parallel={recipe.parallel.name} agree on: give "
+                "precision=bf16, or parallel=ddp."
+            )
+        state = start(recipe, data, model=warm_start(recipe), company=together)
     reports = packing_reports(data, **packing_settings(recipe))
     state.notes["packing"] = [{**dataclasses.asdict(report), "utilisation": report.utilisation} for report in reports]
     tell("prepared", data=data, state=state, packing=state.notes["packing"])
-    report(check(recipe, facts(state, folder)), tell)
+    with all_or_none(ranks):
+        report(check(recipe, facts(state, folder)), tell)
     return state
 
 

@@ -171,7 +171,7 @@ def plan_of(
     is_tried = timed and not any(finding.level == "error" for finding in early)
     if is_tried and on_trial is not None:
         on_trial()
-    trial = measure(recipe, found.data.folder, seconds=seconds) if is_tried else None
+    trial = measure(recipe, found.data.place, seconds=seconds) if is_tried else None
     return assembled(found, trial, notes, price=price, of_machine=of_machine)
 
 

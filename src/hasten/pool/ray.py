@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from hasten.pool.local import POLL_SECONDS, Process
 
 # How often a job is started whose worker, node or process was killed.
 STARTS = 3
+CONNECT_SECONDS = 10.0
 # Killed from outside: by the kernel for its memory, or by whoever takes a node back (143: it saved first).
 KILLED = (-signal.SIGTERM, -9, 128 + signal.SIGTERM)
 # What Ray reads, and what it sets itself when it starts a cluster: put back when we leave.
@@ -87,6 +89,7 @@ def _imported() -> Any:
 
 
 def _join(ray: Any) -> None:
+    _refuse_dead(os.environ.get("RAY_ADDRESS") or _started_here())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -94,6 +97,34 @@ def _join(ray: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _started_here() -> str | None:
+    """Return the address that ``ray start`` left on this machine, which Ray would join."""
+    from ray._private.utils import read_ray_address
+
+    return read_ray_address()
+
+
+def _refuse_dead(address: str | None) -> None:
+    """Refuse an address that nobody answers at: Ray itself tries for two minutes.
+
+    Raises:
+        ConnectionError: nobody does.
+        RunError: it is the address of a client outside the cluster.
+    """
+    if address is not None and "://" in address:
+        raise RunError(
+            f"{one_line(address)} is the way in from outside a Ray cluster, which does not see its files: give the "
+            "command on a node of the cluster, with RAY_ADDRESS=auto."
+        )
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody answers at {address}: {error}") from error
 
 
 def _engine(ray: Any) -> Engine:

@@ -23,6 +23,7 @@ from hasten.restarts.plan import Plan, Pool, Stage, read_pool
 from hasten.restarts.sizing import size_up
 
 RUNGS, SEEDS, KEEP, LEAST_GAIN = ("5%", "10%", "25%"), 8, 0.5, 0.01
+_SEED = "seed "  # how the job of a seed is called
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ class _Halving:
         )
         with closing(outcomes):
             for ended in outcomes:
-                seed = int(ended.job.name)
+                seed = int(ended.job.name.removeprefix(_SEED))
                 if not self._has_reached(seed, jobs[seed]):  # what counts is what it left, not its exit code
                     raise self._broken(seed, ended.code)
                 self._tell("run", seed=seed, course=self._course(seed), step=jobs[seed], seconds=ended.seconds)
@@ -268,7 +269,7 @@ class _Halving:
         # The folder may have been moved since the recipe was written.
         command = (*train_command(path, until=step, allow=self._allow), f"out={path.parent}")
         return Job(
-            str(seed), command, self._book.log(seed), self._place.threads, self._place.gpus, (path,), path.parent
+            f"{_SEED}{seed}", command, self._book.log(seed), self._place.threads, self._place.gpus, (path,), path.parent
         )
 
     def _broken(self, seed: int, code: int) -> RunError:
