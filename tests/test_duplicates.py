@@ -234,3 +234,15 @@ def test_command_prints_the_report_and_writes_it_beside_the_data(tmp_path):
     written = [json.loads(Path(name).read_text()) for name in (report.removeprefix("duplicates in "), "own.json")]
     assert written[0] == written[1]
     assert written[0]["exact"]["documents"] == 4
+
+
+def test_command_copies_what_it_prepared_and_refuses_to_look_into_it_for_text(tmp_path):
+    pytest.importorskip("fsspec")
+    (tmp_path / "a.jsonl").write_text('{"text": "some text of it"}\n' * 50)
+    to = f"file://{tmp_path}/copy"
+    run = CliRunner().invoke(app, ["prepare", "data=a.jsonl", "data.tokenizer=bytes", "--to", to])
+    assert (run.exit_code, run.stdout.splitlines()[-1]) == (0, f"copied to {to}")
+    assert (tmp_path / "copy" / "manifest.json").exists()
+    for more in (["--duplicates"], ["--engine", "ray"]):
+        run = CliRunner().invoke(app, ["prepare", f"data={to}", *more])
+        assert "is prepared already: name its text." in str(run.exception)

@@ -15,8 +15,8 @@ from sizes import size
 from hasten import checkpoint
 from hasten.errors import RunError
 from hasten.loop import Event, State, start
-from hasten.loop.sources import prepare_for
 from hasten.loop.snapshots import snapshot
+from hasten.loop.sources import prepare_for
 from hasten.loop.steps import advance
 from hasten.recipe import resolve
 

@@ -19,8 +19,8 @@ from hasten.loop import Event, Result, State, restore, start, train
 from hasten.loop.between import validate
 from hasten.loop.leaving import DAMAGED, GUARDED, count_left_out
 from hasten.loop.recovery import go_back
-from hasten.loop.sources import prepare_for
 from hasten.loop.snapshots import hold, snapshot
+from hasten.loop.sources import prepare_for
 from hasten.loop.steps import advance
 from hasten.loop.telling import Teller
 from hasten.recipe import resolve

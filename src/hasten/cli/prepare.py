@@ -53,7 +53,10 @@ def prepare(
     from hasten.loop.telling import Event
     from hasten.recipe import resolve
 
+    wants_report = duplicates or duplicates_file is not None
+    asked = {"--engine": engine != "local", "--duplicates": wants_report, "--to": to is not None}
     resolved = resolve(*split_arguments(arguments))
+    _refuse_prepared(resolved.recipe, [option for option, is_given in asked.items() if is_given])
     with Display() as display:
 
         def show(progress: Any) -> None:
@@ -62,7 +65,7 @@ def prepare(
         for note in resolved.notes:
             display.note(note)
         data = _prepared(resolved.recipe, engine, show)
-        report = _report(resolved.recipe, data, show) if duplicates or duplicates_file else None
+        report = _report(resolved.recipe, data, show) if wants_report else None
     typer.echo(describe_corpus(data))
     for note in data.manifest["notes"]:
         typer.echo(printable(note))
@@ -78,6 +81,14 @@ def prepare(
 
         typer.echo(f"copied to {printable(upload(data.folder, to))}")
     return 0
+
+
+def _refuse_prepared(recipe: Recipe, options: list[str]) -> None:
+    from hasten.data.places import prepared_place
+    from hasten.errors import RecipeError, printable
+
+    if options and (place := prepared_place(recipe.data.build())):
+        raise RecipeError(f"{options[0]} needs text, and data={printable(place)} is prepared already: name its text.")
 
 
 def _prepared(recipe: Recipe, engine: str, show: Callable[[Any], None]) -> PreparedData:

@@ -55,6 +55,11 @@ def checked_state(recipe: Recipe, folder: RunFolder, together: Company, tell: Te
 
 
 def report(findings: Iterable[Finding], tell: Teller) -> None:
+    """Refuse what is wrong, and tell what is doubtful.
+
+    Raises:
+        RecipeError: the first of the findings that is an error.
+    """
     for finding in findings:
         if finding.level == "error":
             raise RecipeError(finding.message)
@@ -62,6 +67,7 @@ def report(findings: Iterable[Finding], tell: Teller) -> None:
 
 
 def facts(state: State, folder: RunFolder, planned_steps: int | None = None) -> Facts:
+    """Return what is known of a run that has not begun, for `hasten.checks`."""
     total_steps = planned_steps or state.total_steps or None
     plan = state.optimizer.plan(tokens_per_step=state.tokens_per_step)
     packing = state.notes["packing"]

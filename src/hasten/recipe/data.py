@@ -41,9 +41,9 @@ class DataChoices(Choices):
             every `seq_len` tokens; ``pad`` gives each piece a row of its own.
         overflow: what becomes of a document longer than a row: ``split`` keeps all of it in several rows, ``truncate``
             its beginning, ``drop`` nothing.
-        shuffle_tokens: about how many tokens are mixed at a time, at least 4,194,304; without it half a billion of packed
-            rows and all of ``chunk``. Fewer let text on object storage be read once in an epoch through a cache of two
-            and a half times as many.
+        shuffle_tokens: about how many tokens are mixed at a time, at least 4,194,304; without it half a billion of
+            packed rows and all of ``chunk``. Fewer let text on object storage be read once in an epoch through a cache
+            of two and a half times as many.
         document_mask: whether a token sees only its own document.
         on_damage: what a run does when stored tokens that a step reads are found damaged: ``stop``, or ``skip`` the
             step and go on with the next; which steps were skipped is recorded, so going on stays exact.
