@@ -32,7 +32,12 @@ BANNED_CALLS = {
 }  # fmt: skip
 BANNED_WHOLE = {"np.load", "numpy.load", "torch.load", "torch.save", "torch.hub.load", "torch.jit.load", "yaml.load"}
 # Who starts processes: always a list of words, of our own interpreter or a compiler, and never a shell.
-STARTS_PROCESSES = {"hasten/optim/native.py", "hasten/planning/measurement.py", "hasten/pool.py"}
+STARTS_PROCESSES = {
+    "hasten/optim/native.py",
+    "hasten/planning/measurement.py",
+    "hasten/pool/guard.py",
+    "hasten/pool/local.py",
+}
 
 
 @functools.cache

@@ -252,9 +252,10 @@ def _halve(state: State, tell: Teller, shortage: str) -> None:
         torch.cuda.empty_cache()
     rows = state.batches.micro_rows
     if rows == 1 or state.company.ranks.size > 1:  # the others have not met it, and go on
+        size = "though its micro-batches have one row" if rows == 1 else f"whose micro-batches have {rows} rows"
         smaller = "" if rows == 1 else f"batch.micro_rows={rows // 2}, "
         raise RunError(
-            f"There is no memory for step {state.step + 1}, whose micro-batches have {rows} rows of "
+            f"There is no memory for step {state.step + 1}, {size} of "
             f"{state.recipe.lengths.seq_len} tokens ({printable(shortage)[:200]}): give {smaller}shorter rows, a "
             "smaller model or optimizer.state_format=8bit; the newest checkpoint is whole."
         )
