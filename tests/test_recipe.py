@@ -128,7 +128,14 @@ def test_the_reference_recipe_is_reproducible():
 
 def test_the_reference_recipe_does_not_lean_on_defaults():
     left_out = {"data.val", "data.text_key", "data.separator", "batch.micro_rows", "threads", "out", "init_from"}
-    left_out |= {"batch.schedule", "batch.lr_power", "data.weights", "branch_from", "branch_step"}
+    left_out |= {
+        "data.shuffle_tokens",
+        "batch.schedule",
+        "batch.lr_power",
+        "data.weights",
+        "branch_from",
+        "branch_step",
+    }
     left_out |= {f"schedule.{beside}" for beside in ("weight_decay", "momentum", "beta1", "beta2", "start")}
     given = {item.key for item in read_toml((RECIPES / "reference.toml").read_text(encoding="utf-8"), "in the file")}
     keys = {key for key in LEAVES if next(iter(schema().leaves[key])) in ("", "cosine", "norm")}
@@ -265,7 +272,7 @@ def test_setting_of_another_variant_is_refused(pair):
         ("budgett=60s", "did you mean 'budget'?"),
         ("lerning_rate=1", "'optimizer.lr'"),
         ("optimizer.zzz=1", "optimizer has optimizer.lr, optimizer.weight_decay"),
-        ("qqqqqq=1", "the keys at the top are batch, branch_from"),
+        ("qqqqqq=1", "the keys at the top are activation_checkpointing, batch, branch_from"),
         ("a.b.c=1", "'a.b.c'"),
         ("optimizer.lr.x=1", "optimizer.lr is a single value"),
         ("batch=8192", "batch.tokens"),

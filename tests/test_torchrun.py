@@ -110,7 +110,8 @@ def test_a_process_that_is_stopped_is_named_within_ten_seconds_and_the_run_goes_
     own_folder: Path, library_text: str
 ) -> None:
     log, out = own_folder / "log", own_folder / "run"
-    with launched(settings_of(own_folder, library_text, "run", "ddp"), log, restarts=1) as run:
+    settings = [s for s in settings_of(own_folder, library_text, "run", "ddp") if not s.startswith("budget")]
+    with launched([*settings, f"budget={3 * STEPS}"], log, restarts=1) as run:
         wait_for_steps(run, out, 20)
         stopped = ranks_of(run)[1]
         stopped.send_signal(signal.SIGSTOP)
@@ -123,7 +124,7 @@ def test_a_process_that_is_stopped_is_named_within_ten_seconds_and_the_run_goes_
         assert f"process {stopped.pid}" in line
         assert named_after < 12, named_after  # ten, and what a busy machine adds
         assert run.wait(SECONDS) == 0, log.read_text()[-3000:]
-    assert steps_done(out) == STEPS
+    assert steps_done(out) == 3 * STEPS
 
 
 def test_the_first_process_alone_speaks(own_folder: Path, library_text: str) -> None:

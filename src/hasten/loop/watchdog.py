@@ -22,11 +22,13 @@ from typing import Any
 from hasten.distributed import World
 
 BEAT_SECONDS = 1.0
-# A process that said nothing for so long is gone.
-SILENCE = 6.0
+# A process that said nothing for so long is gone: between its steps; and before the first and after the last one, where
+# work is not shared and may keep a process from saying so for longer.
+SILENCE, SILENCE_APART = 6.0, 60.0
 # How long a process that was told to stop may wait for others that do not come.
 PATIENCE = 5.0
 NOT_TRAINING = -1  # in the place of a step
+ENDED = "ended"  # in the place of who says it
 LOST = 75  # exit code of a process that leaves because another one is gone
 
 
@@ -111,22 +113,26 @@ def _watch(watchdog: Watchdog, world: World, ended: threading.Event) -> None:
         said, since, beat = b"", time.monotonic(), 0
         while not ended.wait(BEAT_SECONDS):
             beat += 1
-            store.set(str(world.rank), f"{beat} {watchdog.step} {name}")
+            store.set(str(world.rank), f"{beat} {name}")
             if world.size == 1 or not store.check([str(next_rank)]):
                 continue
             if (says := store.get(str(next_rank))) != said:
                 said, since = says, time.monotonic()
-            _, step, who = said.decode("utf-8", "replace").split(" ", 2)
-            # Before the first step and after the last one work is not shared, and may keep a process busy for long.
-            if int(step) >= 0 and time.monotonic() - since > SILENCE and not ended.is_set():
-                _leave(next_rank, who, int(step))
-        store.set(str(world.rank), f"0 {NOT_TRAINING} {name}")
+            who = said.decode("utf-8", "replace").partition(" ")[2]
+            if who == ENDED:
+                continue
+            # Where this process is says where all are: every step begins with a meeting, and so does the end of them.
+            step = watchdog.step
+            patience = SILENCE if step >= 0 else SILENCE_APART
+            if time.monotonic() - since > patience and not ended.is_set():
+                _leave(next_rank, who, f" at step {step + 1}" if step >= 0 else "", patience)
+        store.set(str(world.rank), f"0 {ENDED}")
 
 
-def _leave(rank: int, who: str, step: int) -> None:
+def _leave(rank: int, who: str, where: str, patience: float) -> None:
     """End the process with a line that names the one that is silent."""
     print(
-        f"hasten: rank {rank} ({who}) has been silent for {SILENCE:.0f} s, at step {step + 1}: this attempt ends. "
+        f"hasten: rank {rank} ({who}) has been silent for {patience:.0f} s{where}: this attempt ends. "
         "torchrun begins the next one (--max-restarts), from the newest checkpoint.",
         file=sys.stderr,
         flush=True,

@@ -91,10 +91,14 @@ def _imported() -> Any:
 def _join(ray: Any) -> None:
     _refuse_dead(os.environ.get("RAY_ADDRESS") or _started_here())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and handlers[signal.SIGINT] == signal.SIG_IGN:
+        # Of a command in the background: workers would inherit it, and Ray asks them to stop by this signal.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if is_main:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
