@@ -299,7 +299,13 @@ def test_a_rank_killed_while_it_writes_leaves_the_older_checkpoint(records: Reco
     lines = records[f"killing {victim} on 3"]["killed"]
     assert [line["rank"] for line in lines] == [rank for rank in range(3) if rank != victim]
     for line in lines:
-        assert f"Rank {line['rank']} lost touch with the other ranks in the writing of step 2" in line["text"]
+        is_cleared = (
+            "is missing); check the disk" in line["text"]
+        )  # by the first rank, which lost touch before this one
+        assert (
+            is_cleared
+            or f"Rank {line['rank']} lost touch with the other ranks in the writing of step 2" in line["text"]
+        )
     loaded, notes = checkpoint.newest(folder / f"killed-{victim}")
     assert (loaded.step, notes) == (1, [])
     assert script.same_groups(loaded.tensors, script.all_tensors(1))
