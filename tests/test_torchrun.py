@@ -134,6 +134,7 @@ def test_the_first_process_alone_speaks(own_folder: Path, library_text: str) -> 
         assert run.wait(SECONDS) == 0, log.read_text()
     said = log.read_text()
     assert said.count("held-out bits per byte") == 1
+    assert "2 processes (ddp)" in " ".join(said.split())
     assert "Traceback" not in said
     assert "Warning" not in said
 

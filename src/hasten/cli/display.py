@@ -287,8 +287,14 @@ def describe_model(state: Any) -> str:
     return (
         f"{recipe.model.name}: {config.num_layers} layers of {config.width}, "
         f"{count(sum(p.numel() for p in state.model.parameters()))} parameters, "
-        f"{recipe.precision.name} on {state.device}"
+        f"{recipe.precision.name} on {state.device}{_processes(state)}"
     )
+
+
+def _processes(state: Any) -> str:
+    """Return how many processes share the run, and how; nothing where one is alone."""
+    size = state.company.ranks.size
+    return f", {size} processes ({state.recipe.parallel.name})" if size > 1 else ""
 
 
 def describe_packing(state: Any, reports: list[dict[str, Any]]) -> str:
